@@ -1,0 +1,47 @@
+// attn-dispatch.cpp: the kernels of this CPU, found at run time. Flags: none.
+
+#include "attn-kernels.h"
+
+#include "../qcache-op.h"
+
+const qcache_attn_kernel * qcache_attn_kernel_by_index(int i) {
+    static const qcache_attn_kernel * kernels[4];
+    static const int n_kernels = [] {
+        int n = 0;
+#if defined(__x86_64__) || defined(_M_X64)
+        __builtin_cpu_init();
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+            kernels[n++] = qcache_attn_kernel_avx512();
+        }
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+            kernels[n++] = qcache_attn_kernel_avx2();
+        }
+#elif defined(__aarch64__)
+        kernels[n++] = qcache_attn_kernel_neon();
+#endif
+        kernels[n++] = qcache_attn_kernel_scalar();
+        return n;
+    }();
+    return i >= 0 && i < n_kernels ? kernels[i] : nullptr;
+}
+
+const qcache_attn_kernel * qcache_attn_kernel_best() {
+    return qcache_attn_kernel_by_index(0);
+}
+
+size_t qcache_attn_scratch_bytes(const qcache_attn_params & p) {
+    const size_t n_group   = p.n_head / p.n_head_kv;
+    const size_t n_queries = n_group > QCACHE_ATTN_TILE_QUERIES ? n_group : QCACHE_ATTN_TILE_QUERIES;
+    const size_t dims      = qcache_attn_pad(p.head_dim);
+    const size_t keys      = qcache_attn_pad(p.n_block_tokens);
+
+    // as attn-simd.inl.h lays it out
+    size_t n_floats = 0;
+    n_floats += 2 * QCACHE_ATTN_DIRECT_QUERIES * dims; // queries by source
+    n_floats += 2 * keys * dims;                       // K and V of a block
+    n_floats += n_queries * keys;                      // logits
+    n_floats += n_queries * dims;                      // accumulated output
+    n_floats += 2 * n_queries;                         // running max and sum
+    return n_floats * sizeof(float) + 64;              // slack, to align it
+}

@@ -1,0 +1,635 @@
+// attn-simd.inl.h: lazy attention, the vector kernel. Included by one file per instruction set, which defines first:
+//
+//   vf, QV_WIDTH                  a vector of floats and how many it holds (4, 8 or 16)
+//   vi                            a vector of as many int32
+//   QV_MR, QV_NR                  rows and vectors of columns of the matrix micro-kernel that fit the registers
+//   v_zero v_set1 v_load v_store v_add v_sub v_mul v_fma(a, b, c) = a * b + c
+//   v_max(a, b) v_min(a, b)       a NaN in b survives
+//   v_zero_lt(y, x, limit)        y, or 0 where x < limit
+//   v_sum v_sum4 v_hmax           across a vector; v_sum4 stores the sums of four
+//   v_round_i v_from_i v_pow2     nearest integer; to float; 2^n
+//   v_load_f16 v_load_i8          QV_WIDTH values converted
+//   v_load_f16_half               8 values, the rest zero (QV_WIDTH 16 only)
+//   s_load_f16                    one value
+//   transpose_8x8(src, src_stride, dst, dst_stride)
+//   QCACHE_ATTN_KERNEL, QCACHE_ATTN_NAME    the function to define and the kernel's name
+//
+// Everything is in an anonymous namespace and nothing of the standard library is used, so that no code of this
+// instruction set can replace that of another file at link time.
+//
+// One task is a tile of query rows (same sequence and modality) and one KV head with its GQA group. It walks the blocks
+// of the sequence once with an online softmax. Two paths:
+//   direct  up to 8 queries (decode): each K and V row is read once, converted in registers and used for the whole group
+//   matrix  more (prefill): K (transposed) and V of a block are converted to floats once and multiplied by all queries
+//
+// Versions tried: see issue 4; this is the first, chosen by layout, not yet by measurement.
+
+namespace {
+
+constexpr int   DIRECT_QUERIES = QCACHE_ATTN_DIRECT_QUERIES;
+constexpr float FLOAT_MAX      = 3.402823466e+38f;
+
+inline int min_i(int a, int b) { return a < b ? a : b; }
+inline int max_i(int a, int b) { return a > b ? a : b; }
+inline int round_up(int n, int m) { return (n + m - 1) / m * m; }
+
+// exp for x <= 0 (Cephes expf polynomial, relative error about 1e-7); 0 below the normal floats, NaN stays NaN
+inline vf v_exp(vf x) {
+    const vf lowest = v_set1(-87.0f);
+    const vf z      = v_max(lowest, x);
+    const vi n      = v_round_i(v_mul(z, v_set1(1.44269504088896341f)));
+    const vf nf     = v_from_i(n);
+    vf r            = v_fma(nf, v_set1(-0.693359375f), z);
+    r               = v_fma(nf, v_set1(2.12194440e-4f), r);
+    vf y            = v_set1(1.9875691500e-4f);
+    y               = v_fma(y, r, v_set1(1.3981999507e-3f));
+    y               = v_fma(y, r, v_set1(8.3334519073e-3f));
+    y               = v_fma(y, r, v_set1(4.1665795894e-2f));
+    y               = v_fma(y, r, v_set1(1.6666665459e-1f));
+    y               = v_fma(y, r, v_set1(5.0000001201e-1f));
+    y               = v_fma(y, v_mul(r, r), v_add(r, v_set1(1.0f)));
+    return v_zero_lt(v_mul(y, v_pow2(n)), x, lowest);
+}
+
+inline vf v_clamp_logit(vf x) {
+    return v_max(v_set1(-FLOAT_MAX), v_min(v_set1(FLOAT_MAX), x));
+}
+
+//
+// rows of K and V
+//
+
+struct kv_f16 {
+    static constexpr bool grouped = false;
+    static constexpr int  NK1     = 8; // keys at once for one query
+    static constexpr int  NK2     = 4; // for two
+    static size_t row_bytes(int head_dim) { return (size_t) head_dim * 2; }
+};
+
+// groups of an f16 scale and 32 int8; the last group is filled up with zeros
+struct kv_q8_0 {
+    static constexpr bool grouped = true;
+    static constexpr int  NK1     = 4;
+    static constexpr int  NK2     = 2;
+    static size_t row_bytes(int head_dim) { return (size_t) round_up(head_dim, 32) / 32 * 34; }
+};
+
+// n rows as floats [n][stride], zeros from head_dim (rounded up to a group) to stride
+template <class T> void rows_to_float(const uint8_t * src, int n, int head_dim, float * dst, int stride) {
+    for (int i = 0; i < n; i++, src += T::row_bytes(head_dim), dst += stride) {
+        int d = 0;
+        if constexpr (T::grouped) {
+            for (; d < head_dim; d += 32) {
+                const uint8_t * group = src + d / 32 * 34;
+                const vf        scale = v_set1(s_load_f16(group));
+                for (int j = 0; j < 32; j += QV_WIDTH) {
+                    v_store(dst + d + j, v_mul(scale, v_load_i8(group + 2 + j)));
+                }
+            }
+        } else {
+            for (; d + QV_WIDTH <= head_dim; d += QV_WIDTH) {
+                v_store(dst + d, v_load_f16(src + 2 * d));
+            }
+            if constexpr (QV_WIDTH > 8) {
+                if (d < head_dim) {
+                    v_store(dst + d, v_load_f16_half(src + 2 * d));
+                    d += QV_WIDTH;
+                }
+            }
+        }
+        for (; d < stride; d += QV_WIDTH) {
+            v_store(dst + d, v_zero());
+        }
+    }
+}
+
+//
+// direct path
+//
+
+template <int NK> inline void store_sums(const vf * acc, float * out) {
+    if constexpr (NK % 4 == 0) {
+        for (int k = 0; k < NK; k += 4) {
+            v_sum4(acc[k], acc[k + 1], acc[k + 2], acc[k + 3], out + k);
+        }
+    } else {
+        for (int k = 0; k < NK; k++) {
+            out[k] = v_sum(acc[k]);
+        }
+    }
+}
+
+// out[q][k] = <queries[q], keys[k]>; queries are padded with zeros
+template <class T, int NK, int NQ>
+inline void qk_tile(const uint8_t * keys, size_t row_bytes, const float * queries, int q_stride, int head_dim, float * out,
+                    int out_stride) {
+    vf acc[NQ][NK];
+#pragma GCC unroll 16
+    for (int q = 0; q < NQ; q++) {
+#pragma GCC unroll 16
+        for (int k = 0; k < NK; k++) {
+            acc[q][k] = v_zero();
+        }
+    }
+    if constexpr (T::grouped) {
+        for (int d = 0; d < head_dim; d += 32, keys += 34) {
+            vf part[NQ][NK];
+#pragma GCC unroll 16
+            for (int j = 0; j < 32; j += QV_WIDTH) {
+                vf x[NK];
+#pragma GCC unroll 16
+                for (int k = 0; k < NK; k++) {
+                    x[k] = v_load_i8(keys + k * row_bytes + 2 + j);
+                }
+#pragma GCC unroll 16
+                for (int q = 0; q < NQ; q++) {
+                    const vf y = v_load(queries + q * q_stride + d + j);
+#pragma GCC unroll 16
+                    for (int k = 0; k < NK; k++) {
+                        part[q][k] = j == 0 ? v_mul(x[k], y) : v_fma(x[k], y, part[q][k]);
+                    }
+                }
+            }
+#pragma GCC unroll 16
+            for (int k = 0; k < NK; k++) {
+                const vf scale = v_set1(s_load_f16(keys + k * row_bytes));
+#pragma GCC unroll 16
+                for (int q = 0; q < NQ; q++) {
+                    acc[q][k] = v_fma(scale, part[q][k], acc[q][k]);
+                }
+            }
+        }
+    } else {
+        int d = 0;
+        for (; d + QV_WIDTH <= head_dim; d += QV_WIDTH) {
+            vf x[NK];
+#pragma GCC unroll 16
+            for (int k = 0; k < NK; k++) {
+                x[k] = v_load_f16(keys + k * row_bytes + 2 * d);
+            }
+#pragma GCC unroll 16
+            for (int q = 0; q < NQ; q++) {
+                const vf y = v_load(queries + q * q_stride + d);
+#pragma GCC unroll 16
+                for (int k = 0; k < NK; k++) {
+                    acc[q][k] = v_fma(x[k], y, acc[q][k]);
+                }
+            }
+        }
+        if constexpr (QV_WIDTH > 8) {
+            if (d < head_dim) {
+                for (int k = 0; k < NK; k++) {
+                    const vf x = v_load_f16_half(keys + k * row_bytes + 2 * d);
+                    for (int q = 0; q < NQ; q++) {
+                        acc[q][k] = v_fma(x, v_load(queries + q * q_stride + d), acc[q][k]);
+                    }
+                }
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int q = 0; q < NQ; q++) {
+        store_sums<NK>(acc[q], out + q * out_stride);
+    }
+}
+
+template <class T>
+void qk_direct(const uint8_t * keys, int n_keys, const float * queries, int n_queries, int q_stride, int head_dim, float * out,
+               int out_stride) {
+    const size_t row_bytes = T::row_bytes(head_dim);
+    int          k         = 0;
+    if (n_queries == 1) {
+        for (; k + T::NK1 <= n_keys; k += T::NK1) {
+            qk_tile<T, T::NK1, 1>(keys + k * row_bytes, row_bytes, queries, q_stride, head_dim, out + k, out_stride);
+        }
+    } else {
+        for (; k + T::NK2 <= n_keys; k += T::NK2) {
+            int q = 0;
+            for (; q + 2 <= n_queries; q += 2) {
+                qk_tile<T, T::NK2, 2>(keys + k * row_bytes, row_bytes, queries + q * q_stride, q_stride, head_dim,
+                                      out + q * out_stride + k, out_stride);
+            }
+            if (q < n_queries) {
+                qk_tile<T, T::NK2, 1>(keys + k * row_bytes, row_bytes, queries + q * q_stride, q_stride, head_dim,
+                                      out + q * out_stride + k, out_stride);
+            }
+        }
+    }
+    for (; k < n_keys; k++) {
+        for (int q = 0; q < n_queries; q++) {
+            qk_tile<T, 1, 1>(keys + k * row_bytes, row_bytes, queries + q * q_stride, q_stride, head_dim, out + q * out_stride + k,
+                             out_stride);
+        }
+    }
+}
+
+// acc[q][d] += sum over k of probs[q][k] * values[k][d]
+template <class T, int NK, int NQ>
+inline void pv_tile(const uint8_t * values, size_t row_bytes, const float * probs, int p_stride, int head_dim, float * acc,
+                    int a_stride) {
+    vf w[NQ][NK];
+    if constexpr (T::grouped) {
+        for (int d = 0; d < head_dim; d += 32, values += 34) {
+#pragma GCC unroll 16
+            for (int k = 0; k < NK; k++) {
+                const float scale = s_load_f16(values + k * row_bytes);
+#pragma GCC unroll 16
+                for (int q = 0; q < NQ; q++) {
+                    w[q][k] = v_set1(probs[q * p_stride + k] * scale);
+                }
+            }
+#pragma GCC unroll 16
+            for (int j = 0; j < 32; j += QV_WIDTH) {
+                vf a[NQ];
+#pragma GCC unroll 16
+                for (int q = 0; q < NQ; q++) {
+                    a[q] = v_load(acc + q * a_stride + d + j);
+                }
+#pragma GCC unroll 16
+                for (int k = 0; k < NK; k++) {
+                    const vf x = v_load_i8(values + k * row_bytes + 2 + j);
+#pragma GCC unroll 16
+                    for (int q = 0; q < NQ; q++) {
+                        a[q] = v_fma(w[q][k], x, a[q]);
+                    }
+                }
+#pragma GCC unroll 16
+                for (int q = 0; q < NQ; q++) {
+                    v_store(acc + q * a_stride + d + j, a[q]);
+                }
+            }
+        }
+    } else {
+#pragma GCC unroll 16
+        for (int q = 0; q < NQ; q++) {
+#pragma GCC unroll 16
+            for (int k = 0; k < NK; k++) {
+                w[q][k] = v_set1(probs[q * p_stride + k]);
+            }
+        }
+        int d = 0;
+        for (; d + QV_WIDTH <= head_dim; d += QV_WIDTH) {
+            vf a[NQ];
+#pragma GCC unroll 16
+            for (int q = 0; q < NQ; q++) {
+                a[q] = v_load(acc + q * a_stride + d);
+            }
+#pragma GCC unroll 16
+            for (int k = 0; k < NK; k++) {
+                const vf x = v_load_f16(values + k * row_bytes + 2 * d);
+#pragma GCC unroll 16
+                for (int q = 0; q < NQ; q++) {
+                    a[q] = v_fma(w[q][k], x, a[q]);
+                }
+            }
+#pragma GCC unroll 16
+            for (int q = 0; q < NQ; q++) {
+                v_store(acc + q * a_stride + d, a[q]);
+            }
+        }
+        if constexpr (QV_WIDTH > 8) {
+            if (d < head_dim) {
+                for (int q = 0; q < NQ; q++) {
+                    vf a = v_load(acc + q * a_stride + d);
+                    for (int k = 0; k < NK; k++) {
+                        a = v_fma(w[q][k], v_load_f16_half(values + k * row_bytes + 2 * d), a);
+                    }
+                    v_store(acc + q * a_stride + d, a);
+                }
+            }
+        }
+    }
+}
+
+template <class T>
+void pv_direct(const uint8_t * values, int n_keys, const float * probs, int n_queries, int p_stride, int head_dim, float * acc,
+               int a_stride) {
+    const size_t row_bytes = T::row_bytes(head_dim);
+    int          k         = 0;
+    for (; k + 4 <= n_keys; k += 4) {
+        int q = 0;
+        for (; q + 2 <= n_queries; q += 2) {
+            pv_tile<T, 4, 2>(values + k * row_bytes, row_bytes, probs + q * p_stride + k, p_stride, head_dim, acc + q * a_stride, a_stride);
+        }
+        if (q < n_queries) {
+            pv_tile<T, 4, 1>(values + k * row_bytes, row_bytes, probs + q * p_stride + k, p_stride, head_dim, acc + q * a_stride, a_stride);
+        }
+    }
+    for (; k < n_keys; k++) {
+        for (int q = 0; q < n_queries; q++) {
+            pv_tile<T, 1, 1>(values + k * row_bytes, row_bytes, probs + q * p_stride + k, p_stride, head_dim, acc + q * a_stride, a_stride);
+        }
+    }
+}
+
+//
+// matrix path
+//
+
+// c[m][0 .. QV_NR vectors] (+)= a[m][0 .. n) * b[0 .. n)[...]
+template <int MR, bool ADD>
+inline void gemm_tile(const float * const * a, const float * b, int b_stride, int n, float * c, int c_stride) {
+    vf acc[MR][QV_NR];
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++) {
+#pragma GCC unroll 16
+        for (int j = 0; j < QV_NR; j++) {
+            acc[m][j] = ADD ? v_load(c + m * c_stride + j * QV_WIDTH) : v_zero();
+        }
+    }
+    for (int i = 0; i < n; i++, b += b_stride) {
+        vf y[QV_NR];
+#pragma GCC unroll 16
+        for (int j = 0; j < QV_NR; j++) {
+            y[j] = v_load(b + j * QV_WIDTH);
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; m++) {
+            const vf x = v_set1(a[m][i]);
+#pragma GCC unroll 16
+            for (int j = 0; j < QV_NR; j++) {
+                acc[m][j] = v_fma(x, y[j], acc[m][j]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++) {
+#pragma GCC unroll 16
+        for (int j = 0; j < QV_NR; j++) {
+            v_store(c + m * c_stride + j * QV_WIDTH, acc[m][j]);
+        }
+    }
+}
+
+// MR rows of a by all columns of b
+template <int MR, bool ADD>
+void gemm_rows(const float * const * a, const float * b, int b_stride, int n, float * c, int c_stride, int n_columns) {
+    for (int j = 0; j < n_columns; j += QV_NR * QV_WIDTH) {
+        gemm_tile<MR, ADD>(a, b + j, b_stride, n, c + j, c_stride);
+    }
+}
+
+// row(m) gives row m of a
+template <bool ADD, class F>
+void gemm(int n_rows, const F & row, const float * b, int b_stride, int n, float * c, int c_stride, int n_columns) {
+    const float * a[QV_MR];
+    for (int m = 0; m < n_rows;) {
+        const int left = n_rows - m;
+        const int mr   = left >= QV_MR ? QV_MR : left >= QV_MR / 2 ? QV_MR / 2 : 1;
+        for (int i = 0; i < mr; i++) {
+            a[i] = row(m + i);
+        }
+        float * cm = c + (size_t) m * c_stride;
+        if (mr == QV_MR) {
+            gemm_rows<QV_MR, ADD>(a, b, b_stride, n, cm, c_stride, n_columns);
+        } else if (mr == QV_MR / 2) {
+            gemm_rows<QV_MR / 2, ADD>(a, b, b_stride, n, cm, c_stride, n_columns);
+        } else {
+            gemm_rows<1, ADD>(a, b, b_stride, n, cm, c_stride, n_columns);
+        }
+        m += mr;
+    }
+}
+
+//
+// softmax
+//
+
+// x[0 .. n) become logits: scaled and finite
+inline void finish_logits(float * x, int n, float scale) {
+    for (int i = 0; i < n; i += QV_WIDTH) {
+        v_store(x + i, v_clamp_logit(v_mul(v_load(x + i), v_set1(scale))));
+    }
+}
+
+// Logits x[0 .. n) of a block become weights relative to the running max, x[n .. n_block) become 0; max and sum are
+// brought up to date. Returns what the accumulated output is to be multiplied by.
+inline float update_softmax(float * x, int n, int n_block, float bias, float & max, float & sum) {
+    const int n_padded = round_up(n_block, QV_WIDTH);
+    if (n == 0) {
+        for (int i = 0; i < n_padded; i++) {
+            x[i] = 0.0f;
+        }
+        return 1.0f;
+    }
+    if (bias != 0.0f) {
+        for (int i = 0; i < n; i += QV_WIDTH) {
+            v_store(x + i, v_clamp_logit(v_add(v_load(x + i), v_set1(bias))));
+        }
+    }
+    for (int i = n; i < n_padded; i++) {
+        x[i] = -__builtin_inff();
+    }
+    vf block_max = v_set1(-__builtin_inff());
+    for (int i = 0; i < n_padded; i += QV_WIDTH) {
+        block_max = v_max(block_max, v_load(x + i));
+    }
+    const float m       = v_hmax(block_max);
+    const float new_max = max > m ? max : m;
+    vf          part    = v_zero();
+    for (int i = 0; i < n_padded; i += QV_WIDTH) {
+        const vf w = v_exp(v_sub(v_load(x + i), v_set1(new_max)));
+        v_store(x + i, w);
+        part = v_add(part, w);
+    }
+    float rescale = 1.0f;
+    if (new_max != max) {
+        float e[QV_WIDTH];
+        v_store(e, v_exp(v_set1(max - new_max))); // 0 for the first block
+        rescale = e[0];
+    }
+    sum = sum * rescale + v_sum(part);
+    max = new_max;
+    return rescale;
+}
+
+inline void scale_row(float * x, int n, float c) {
+    for (int i = 0; i < n; i += QV_WIDTH) {
+        v_store(x + i, v_mul(v_load(x + i), v_set1(c)));
+    }
+}
+
+//
+// one task: rows row0 .. row0 + n_rows - 1, of one sequence and modality, and one KV head
+//
+
+struct scratch {
+    float * queries;   // [2][DIRECT_QUERIES][dims], direct path; by source
+    float * keys;      // [dims][keys], matrix path: K transposed
+    float * values;    // [keys][dims], matrix path
+    float * logits;    // [queries][keys]
+    float * acc;       // [queries][dims]
+    float * max;       // [queries]
+    float * sum;       // [queries]
+};
+
+template <class TK, class TV>
+void attn_task(const qcache_attn_params & p, const float * q_own, const float * q_leader, float * dst, const scratch & s, int row0,
+               int n_rows, int kvh) {
+    const qcache_attn_step & step      = *p.step;
+    const qcache_attn_row *  rows      = step.rows + row0;
+    const qcache_attn_seq &  seq       = step.seqs[rows[0].seq];
+    const int                modality  = rows[0].modality;
+    const int                n_group   = p.n_head / p.n_head_kv;
+    const int                h0        = kvh * n_group;
+    const int                n_queries = n_rows * n_group; // query m is row m / n_group, head h0 + m % n_group
+    const int                head_dim  = p.head_dim;
+    const int                dims      = (int) qcache_attn_pad(head_dim);
+    const int                stride    = (int) qcache_attn_pad(p.n_block_tokens); // of keys
+    const bool               direct    = n_queries <= DIRECT_QUERIES;
+
+    int pos_max = 0;
+    for (int r = 0; r < n_rows; r++) {
+        pos_max = max_i(pos_max, rows[r].pos);
+    }
+    // query m by source; the head's group lies together
+    const auto query = [&](int source, int m) {
+        const int    r = m / n_group;
+        const size_t i = source == QCACHE_Q_LEADER ? (size_t) (row0 + r) : (size_t) rows[r].q_own;
+        return (source == QCACHE_Q_LEADER ? q_leader : q_own) + (i * p.n_head + h0 + m % n_group) * head_dim;
+    };
+    for (int m = 0; m < n_queries; m++) {
+        s.max[m] = -__builtin_inff();
+        s.sum[m] = 0.0f;
+    }
+    for (int i = 0; i < n_queries * dims; i++) {
+        s.acc[i] = 0.0f;
+    }
+    bool packed[2] = { false, false };
+
+    for (int ib = 0; ib < seq.n_blocks && seq.blocks[ib].first <= pos_max; ib++) {
+        const qcache_attn_block & block  = seq.blocks[ib];
+        const int                 source = p.q_source[modality][block.modality];
+        const bool                read   = p.score_op == QCACHE_SCORE_READ && source == QCACHE_Q_LEADER;
+        const bool                biased = p.vis_bias && modality == QCACHE_MODALITY_TEXT && block.modality == QCACHE_MODALITY_VISUAL;
+        const int                 n      = min_i(block.n, pos_max - block.first + 1); // keys seen by any row
+
+        // logits
+        if (!read) {
+            const uint8_t * k = block.data + p.k_offset[modality][block.modality] +
+                                (size_t) kvh * p.n_block_tokens * TK::row_bytes(head_dim);
+            if (direct) {
+                float * queries = s.queries + source * DIRECT_QUERIES * dims;
+                if (!packed[source]) {
+                    packed[source] = true;
+                    for (int m = 0; m < n_queries; m++) {
+                        const float * q = query(source, m);
+                        for (int d = 0; d < dims; d++) {
+                            queries[m * dims + d] = d < head_dim ? q[d] : 0.0f;
+                        }
+                    }
+                }
+                qk_direct<TK>(k, n, queries, n_queries, dims, head_dim, s.logits, stride);
+            } else {
+                const int n_columns = round_up(n, 32);
+                rows_to_float<TK>(k, n, head_dim, s.values, dims);
+                for (int i = n * dims; i < n_columns * dims; i++) {
+                    s.values[i] = 0.0f;
+                }
+                for (int i = 0; i < n_columns; i += 8) {
+                    for (int d = 0; d < head_dim; d += 8) {
+                        transpose_8x8(s.values + i * dims + d, dims, s.keys + d * stride + i, stride);
+                    }
+                }
+                gemm<false>(n_queries, [&](int m) { return query(source, m); }, s.keys, stride, head_dim, s.logits, stride, n_columns);
+            }
+        }
+
+        // softmax
+        for (int m = 0; m < n_queries; m++) {
+            const int h      = h0 + m % n_group;
+            const int n_row  = max_i(0, min_i(n, rows[m / n_group].pos - block.first + 1));
+            float *   x      = s.logits + m * stride;
+            float *   scores = nullptr;
+            if (p.score_op != QCACHE_SCORE_NONE) {
+                scores = step.scores + ((size_t) (row0 + m / n_group) * p.n_head + h) * step.n_score_keys + block.first;
+            }
+            if (read) {
+                for (int i = 0; i < n_row; i++) {
+                    x[i] = scores[i];
+                }
+            } else {
+                finish_logits(x, n_row, p.scale);
+                if (p.score_op == QCACHE_SCORE_WRITE) {
+                    for (int i = 0; i < n_row; i++) {
+                        scores[i] = x[i];
+                    }
+                }
+            }
+            const float c = update_softmax(x, n_row, n, biased ? p.vis_bias[h] : 0.0f, s.max[m], s.sum[m]);
+            if (c != 1.0f) {
+                scale_row(s.acc + m * dims, dims, c);
+            }
+        }
+
+        // values
+        const uint8_t * v = block.data + p.v_offset[block.modality] + (size_t) kvh * p.n_block_tokens * TV::row_bytes(head_dim);
+        if (direct) {
+            pv_direct<TV>(v, n, s.logits, n_queries, stride, head_dim, s.acc, dims);
+        } else {
+            rows_to_float<TV>(v, n, head_dim, s.values, dims);
+            gemm<true>(n_queries, [&](int m) { return s.logits + m * stride; }, s.values, dims, n, s.acc, dims, dims);
+        }
+    }
+
+    for (int m = 0; m < n_queries; m++) {
+        float *       out = dst + ((size_t) (row0 + m / n_group) * p.n_head + h0 + m % n_group) * head_dim;
+        const float   c   = s.sum[m] == 0.0f ? 0.0f : 1.0f / s.sum[m]; // 0: a row that sees no key
+        const float * acc = s.acc + m * dims;
+        for (int d = 0; d < head_dim; d++) {
+            out[d] = acc[d] * c;
+        }
+    }
+}
+
+template <class TK, class TV>
+void attn(const qcache_attn_params & p, const float * q_own, const float * q_leader, float * dst, uint8_t * wdata, int ith, int nth) {
+    const qcache_attn_step & step      = *p.step;
+    const int                n_group   = p.n_head / p.n_head_kv;
+    const int                tile_rows = max_i(1, QCACHE_ATTN_TILE_QUERIES / n_group);
+    const size_t             n_queries = (size_t) max_i(n_group, QCACHE_ATTN_TILE_QUERIES);
+    const size_t             dims      = qcache_attn_pad(p.head_dim);
+    const size_t             keys      = qcache_attn_pad(p.n_block_tokens);
+
+    // as qcache_attn_scratch_bytes counts
+    wdata += ith * qcache_attn_scratch_bytes(p);
+    wdata += (64 - (uintptr_t) wdata % 64) % 64;
+    scratch s;
+    s.queries = (float *) wdata;
+    s.keys    = s.queries + 2 * DIRECT_QUERIES * dims;
+    s.values  = s.keys + keys * dims;
+    s.logits  = s.values + keys * dims;
+    s.acc     = s.logits + n_queries * keys;
+    s.max     = s.acc + n_queries * dims;
+    s.sum     = s.max + n_queries;
+
+    int task = 0;
+    for (int row0 = 0; row0 < step.n_rows;) {
+        int n_rows = 1;
+        while (n_rows < tile_rows && row0 + n_rows < step.n_rows && step.rows[row0 + n_rows].seq == step.rows[row0].seq &&
+               step.rows[row0 + n_rows].modality == step.rows[row0].modality) {
+            n_rows++;
+        }
+        for (int kvh = 0; kvh < p.n_head_kv; kvh++, task++) {
+            if (task % nth == ith) {
+                attn_task<TK, TV>(p, q_own, q_leader, dst, s, row0, n_rows, kvh);
+            }
+        }
+        row0 += n_rows;
+    }
+}
+
+void attn_any(const qcache_attn_params & p, const float * q_own, const float * q_leader, float * dst, uint8_t * wdata, int ith, int nth) {
+    const bool k_f16 = p.type_k == QCACHE_TYPE_F16;
+    const bool v_f16 = p.type_v == QCACHE_TYPE_F16;
+    const auto fn    = k_f16 ? (v_f16 ? attn<kv_f16, kv_f16> : attn<kv_f16, kv_q8_0>)
+                             : (v_f16 ? attn<kv_q8_0, kv_f16> : attn<kv_q8_0, kv_q8_0>);
+    fn(p, q_own, q_leader, dst, wdata, ith, nth);
+}
+
+} // namespace
+
+const qcache_attn_kernel * QCACHE_ATTN_KERNEL() {
+    static const qcache_attn_kernel found = { QCACHE_ATTN_NAME, attn_any };
+    return &found;
+}

@@ -1,0 +1,245 @@
+// qcache.h: the public C API of ggml-qcache
+//
+// Runs LLaVA-like decoders with Lazy Attention (arXiv 2602.01901): a lazy layer takes its query and key from its
+// leader and keeps only its own V. Plain C, opaque types, status codes; no exception crosses this header.
+// It includes no ggml header, so that a binding can read it as it is.
+//
+// Threads: a model is read-only once loaded and may serve several contexts; a context belongs to one thread at a time.
+
+#ifndef QCACHE_H
+#define QCACHE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef _WIN32
+#    ifdef QCACHE_BUILD
+#        define QCACHE_API __declspec(dllexport)
+#    else
+#        define QCACHE_API __declspec(dllimport)
+#    endif
+#else
+#    define QCACHE_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+//
+// status
+//
+
+// 0: done; < 0: failed; > 0: failed but recoverable by the caller (free something, send less).
+// Whatever the code, the context stays usable and holds what it held before the call.
+enum qcache_status {
+    QCACHE_STATUS_SUCCESS          =  0,
+    QCACHE_STATUS_NO_BLOCKS        =  1, // kv_bytes_max reached: remove sequences, or raise the limit
+    QCACHE_STATUS_CONTEXT_FULL     =  2, // a sequence would grow past n_ctx
+    QCACHE_STATUS_INVALID_ARGUMENT = -1,
+    QCACHE_STATUS_FILE             = -2, // cannot be opened, read or written
+    QCACHE_STATUS_INVALID_MODEL    = -3, // not a GGUF file, truncated, or a key or tensor that is missing or wrong
+    QCACHE_STATUS_UNSUPPORTED      = -4, // valid, but nothing that this version runs
+    QCACHE_STATUS_OUT_OF_MEMORY    = -5,
+    QCACHE_STATUS_INVALID_STATE    = -6, // a saved state that is damaged or belongs to another configuration
+    QCACHE_STATUS_VERSION          = -7, // the ggml found at run time is not the one built against
+    QCACHE_STATUS_INTERNAL         = -8,
+};
+
+// Constant name of a status, e.g. "NO_BLOCKS".
+QCACHE_API const char * qcache_status_name(enum qcache_status status);
+
+// What failed in this thread's last failing call, with the offending values. Valid until the next failing call.
+QCACHE_API const char * qcache_last_error(void);
+
+// "0.1.0"
+QCACHE_API const char * qcache_version(void);
+
+// SUCCESS, or VERSION when `ggml_version` (as ggml_version() gives it) is not the version this library was built for.
+QCACHE_API enum qcache_status qcache_check_ggml_version(const char * ggml_version);
+
+//
+// model
+//
+
+enum qcache_lazy_mode {
+    QCACHE_LAZY_MODE_OFF    = 0,
+    QCACHE_LAZY_MODE_GLOBAL = 1, // every token shares Q and K with the leader (GLA)
+    QCACHE_LAZY_MODE_VISUAL = 2, // visual tokens share Q and K, text tokens keep their own (VLA)
+    QCACHE_LAZY_MODE_FILE   = 3, // context parameter only: as the model file says
+};
+
+enum qcache_modality {
+    QCACHE_MODALITY_TEXT   = 0,
+    QCACHE_MODALITY_VISUAL = 1,
+};
+
+typedef struct qcache_model   qcache_model_t;
+typedef struct qcache_context qcache_context_t;
+
+// Called while weights are read, progress in 0 .. 1; returning false stops the load (INVALID_ARGUMENT, "cancelled").
+typedef bool (*qcache_progress_callback)(float progress, void * user_data);
+
+struct qcache_model_params {
+    bool                     use_extra_bufts; // repack weights for this CPU where ggml offers it (CPU_REPACK); default true
+    qcache_progress_callback progress;        // may be NULL
+    void *                   progress_user_data;
+};
+
+QCACHE_API struct qcache_model_params qcache_model_default_params(void);
+
+// Reads a `llama` or `qwen2` GGUF. On success *model must be given to qcache_model_free.
+// FILE, INVALID_MODEL, UNSUPPORTED, OUT_OF_MEMORY, VERSION: *model is NULL.
+QCACHE_API enum qcache_status qcache_model_init(const char * path, struct qcache_model_params params, qcache_model_t ** model);
+
+// Contexts of the model must be freed first. NULL is fine.
+QCACHE_API void qcache_model_free(qcache_model_t * model);
+
+struct qcache_model_info {
+    const char *          architecture;  // "llama", "qwen2"; lives as long as the model
+    int32_t               n_layer;
+    int32_t               n_embd;
+    int32_t               n_head;
+    int32_t               n_head_kv;
+    int32_t               head_dim;
+    int32_t               n_vocab;
+    int32_t               n_ctx_train;
+    size_t                n_params;      // weights, counted
+    size_t                n_bytes;       // bytes of weights in memory
+    size_t                n_bytes_extra; // of those, bytes in repacked buffers
+    enum qcache_lazy_mode lazy_mode;     // as in the file; OFF where the file has no lazy layers
+    const int32_t *       lazy_leader;   // [n_layer]; lazy_leader[il] == il is a full layer; lives as long as the model
+};
+
+QCACHE_API struct qcache_model_info qcache_model_get_info(const qcache_model_t * model);
+
+//
+// context
+//
+
+enum qcache_attn_impl {
+    QCACHE_ATTN_IMPL_AUTO     = 0, // the best vector kernel of this CPU
+    QCACHE_ATTN_IMPL_SCALAR   = 1, // the reference kernel
+    QCACHE_ATTN_IMPL_COMPOSED = 2, // stock ggml operations only
+};
+
+enum qcache_score_cache {
+    QCACHE_SCORE_CACHE_AUTO = 0, // a cost model decides per step
+    QCACHE_SCORE_CACHE_OFF  = 1, // lazy layers recompute from the Q Cache and the leader's K
+    QCACHE_SCORE_CACHE_ON   = 2, // the leader's logits are always kept for its lazy layers
+};
+
+struct qcache_context_params {
+    int32_t                 n_ctx;           // most tokens one sequence may hold; 0: n_ctx_train of the model
+    int32_t                 n_ubatch;        // most rows computed at once (prefill chunk), default 512
+    int32_t                 n_seq_max;       // sequence ids are 0 .. n_seq_max-1, default 1
+    int32_t                 n_threads;       // decode; 0: all cores
+    int32_t                 n_threads_batch; // prefill; 0: all cores
+    int32_t                 type_k;          // a ggml_type: 1 (f16, default) or 8 (q8_0)
+    int32_t                 type_v;          // likewise
+    int32_t                 n_block_tokens;  // tokens in a KV block: 16, 32 (default) or 64
+    size_t                  kv_bytes_max;    // limit on KV bytes, 0: none
+    enum qcache_lazy_mode   lazy_mode;       // default FILE
+    const int32_t *         lazy_leader;     // [n_lazy_leader], only with GLOBAL or VISUAL; NULL: the file's. Copied.
+    int32_t                 n_lazy_leader;
+    enum qcache_attn_impl   attn_impl;
+    enum qcache_score_cache score_cache;
+};
+
+QCACHE_API struct qcache_context_params qcache_context_default_params(void);
+
+// The model must outlive the context.
+// INVALID_ARGUMENT (values out of range, leaders that break the rules), UNSUPPORTED (a layer would need attn_q or
+// attn_k that the file left out; a KV type), OUT_OF_MEMORY: *ctx is NULL.
+QCACHE_API enum qcache_status qcache_context_init(const qcache_model_t * model, struct qcache_context_params params, qcache_context_t ** ctx);
+
+QCACHE_API void qcache_context_free(qcache_context_t * ctx);
+
+// Rows to append, each to the end of its sequence. Token and embedding rows may be mixed.
+struct qcache_batch {
+    int32_t         n_tokens;
+    const int32_t * token;    // [n_tokens]; -1: this row comes from embd. NULL: all rows come from embd
+    const float *   embd;     // [n_tokens][n_embd]; only rows without a token are read. NULL: all rows are tokens
+    const int32_t * seq_id;   // [n_tokens]; NULL: all in sequence 0
+    const int8_t *  modality; // [n_tokens] enum qcache_modality; NULL: tokens are text, embeddings are visual
+    const int8_t *  logits;   // [n_tokens] != 0: keep this row's logits; NULL: the last row only
+};
+
+// Appends the batch and computes it, in chunks of n_ubatch rows. Rows of one sequence are in order; its rows see its
+// earlier rows, those in this batch included.
+// SUCCESS: every row is in the cache, the logits asked for can be read.
+// INVALID_ARGUMENT, CONTEXT_FULL, NO_BLOCKS, OUT_OF_MEMORY, INTERNAL: nothing was appended, earlier logits are gone.
+QCACHE_API enum qcache_status qcache_decode(qcache_context_t * ctx, struct qcache_batch batch);
+
+// Logits [n_vocab] of row i of the last batch (i < 0 counts from the end of the rows that have logits), or NULL
+// where that row has none. Valid until the next decode or load.
+QCACHE_API const float * qcache_get_logits_ith(qcache_context_t * ctx, int32_t i);
+
+QCACHE_API int32_t qcache_n_ctx(const qcache_context_t * ctx);
+
+// The lazy mode and leaders in force. `leader` (may be NULL) receives n_layer values.
+QCACHE_API enum qcache_lazy_mode qcache_get_lazy(const qcache_context_t * ctx, int32_t * leader);
+
+// "avx512", "avx2", "neon", "scalar" or "composed": what attention runs on in this context.
+QCACHE_API const char * qcache_attn_name(const qcache_context_t * ctx);
+
+QCACHE_API void qcache_set_n_threads(qcache_context_t * ctx, int32_t n_threads, int32_t n_threads_batch);
+
+//
+// sequences
+//
+
+// Tokens held by a sequence, -1 for an id out of range.
+QCACHE_API int32_t qcache_seq_len(const qcache_context_t * ctx, int32_t seq_id);
+
+// Removes positions p0 .. p1-1; p1 < 0: to the end. Only a tail can be removed (INVALID_ARGUMENT otherwise).
+// seq_id -1: every sequence.
+QCACHE_API enum qcache_status qcache_seq_rm(qcache_context_t * ctx, int32_t seq_id, int32_t p0, int32_t p1);
+
+// Makes dst hold the first p1 tokens of src (p1 < 0: all). Blocks are shared until one side writes. dst's old content goes.
+QCACHE_API enum qcache_status qcache_seq_cp(qcache_context_t * ctx, int32_t src, int32_t dst, int32_t p1);
+
+// Removes every sequence and frees every block.
+QCACHE_API void qcache_clear(qcache_context_t * ctx);
+
+struct qcache_kv_usage {
+    size_t  bytes;            // KV bytes allocated now, blocks counted once however often shared
+    size_t  bytes_if_full;    // what the same blocks would take with every layer full
+    size_t  bytes_max;        // the limit, 0: none
+    size_t  bytes_block_text; // one block of text tokens
+    size_t  bytes_block_visual;
+    size_t  bytes_block_full; // one block of a full cache, either modality
+    int32_t n_block_tokens;
+    int32_t n_blocks;
+    int32_t n_blocks_text;
+    int32_t n_blocks_visual;
+    int32_t n_tokens_text;    // summed over sequences
+    int32_t n_tokens_visual;
+    int32_t n_lazy_layers;
+};
+
+QCACHE_API struct qcache_kv_usage qcache_get_kv_usage(const qcache_context_t * ctx);
+
+//
+// state: all sequences with their K and V (not the logits: decode once before sampling)
+//
+
+QCACHE_API size_t qcache_state_size(const qcache_context_t * ctx);
+
+// INVALID_ARGUMENT when size is not qcache_state_size().
+QCACHE_API enum qcache_status qcache_state_get(const qcache_context_t * ctx, uint8_t * data, size_t size);
+
+// INVALID_STATE (damaged, or saved with another model shape, KV type, block size or lazy configuration), NO_BLOCKS,
+// OUT_OF_MEMORY: the context holds what it held.
+QCACHE_API enum qcache_status qcache_state_set(qcache_context_t * ctx, const uint8_t * data, size_t size);
+
+// As above, to and from a file; written atomically.
+QCACHE_API enum qcache_status qcache_state_save_file(const qcache_context_t * ctx, const char * path);
+QCACHE_API enum qcache_status qcache_state_load_file(qcache_context_t * ctx, const char * path);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // QCACHE_H

@@ -1,0 +1,40 @@
+// llama.cpp: the LLaMA decoder with lazy layers. It serves `llama` (LLaMA 1-3, Vicuna, Mistral) and `qwen2`, which
+// differ only in the order of rope's pairs and in biases: both come from the model.
+
+#include "../qcache-graph.h"
+
+ggml_tensor * qcache_build_llama(qcache_graph & g) {
+    const auto &  hp = g.model.hparams;
+    ggml_tensor * x  = g.embed(); // [n_embd, n_rows]
+
+    for (int32_t il = 0; il < hp.n_layer; il++) {
+        const auto & layer = g.model.layers[il];
+        const bool   last  = il == hp.n_layer - 1;
+
+        ggml_tensor * cur = g.norm(x, layer.attn_norm);
+
+        // a lazy layer projects Q and K only for the rows that do not inherit them
+        ggml_tensor * q = nullptr;
+        ggml_tensor * k = nullptr;
+        if (g.n_own(il) > 0) {
+            ggml_tensor * own = g.first_rows(cur, g.n_own(il));
+            q = g.rope(g.linear(layer.wq, layer.bq, own), hp.n_head);    // [head_dim, n_head, n_own]
+            k = g.rope(g.linear(layer.wk, layer.bk, own), hp.n_head_kv); // [head_dim, n_head_kv, n_own]
+        }
+        ggml_tensor * v = g.linear(layer.wv, layer.bv, cur); // [n_head_kv * head_dim, n_rows]
+
+        cur = g.lazy_attention(il, q, k, v);
+        if (cur == nullptr || (last && !g.has_out())) {
+            return cur;
+        }
+        if (last) {
+            cur = g.out_rows(cur);
+            x   = g.out_rows(x);
+        }
+        x   = g.add(g.linear(layer.wo, layer.bo, cur), x);
+        cur = g.norm(x, layer.ffn_norm);
+        cur = g.swiglu(g.linear(layer.ffn_gate, nullptr, cur), g.linear(layer.ffn_up, nullptr, cur));
+        x   = g.add(g.linear(layer.ffn_down, nullptr, cur), x);
+    }
+    return g.linear(g.model.output, g.model.output_bias, g.norm(x, g.model.output_norm));
+}

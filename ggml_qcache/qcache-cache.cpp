@@ -1,0 +1,238 @@
+// qcache-cache.cpp: block memory and its state
+//
+// A block is one allocation for all layers, so memory grows and shrinks with use in steps of one block, and a kernel
+// needs one pointer per block and one offset per layer.
+
+#include "qcache-cache.h"
+
+#include <algorithm>
+#include <cstring>
+
+static size_t align_up(size_t size) {
+    const size_t alignment = 64; // a cache line, and no vector load crosses two layers
+    return (size + alignment - 1) / alignment * alignment;
+}
+
+qcache_layout::qcache_layout(const qcache_hparams & hparams, const std::vector<int32_t> & leader, enum qcache_lazy_mode mode,
+                             int32_t n_block_tokens, int32_t type_k, int32_t type_v) :
+    n_block_tokens(n_block_tokens), type_k(type_k), type_v(type_v) {
+    const size_t n_rows  = (size_t) n_block_tokens * hparams.n_head_kv;
+    const size_t k_bytes = align_up(n_rows * qcache_kv_row_bytes(type_k, hparams.head_dim));
+    const size_t v_bytes = align_up(n_rows * qcache_kv_row_bytes(type_v, hparams.head_dim));
+    for (int modality = 0; modality < 2; modality++) {
+        size_t offset = 0;
+        for (int32_t il = 0; il < hparams.n_layer; il++) {
+            const bool keeps_k = leader[il] == il || (mode == QCACHE_LAZY_MODE_VISUAL && modality == QCACHE_MODALITY_TEXT);
+            k_offset[modality].push_back(keeps_k ? offset : none);
+            offset += keeps_k ? k_bytes : 0;
+            v_offset[modality].push_back(offset);
+            offset += v_bytes;
+        }
+        block_bytes[modality] = offset;
+    }
+    full_block_bytes = (k_bytes + v_bytes) * hparams.n_layer;
+}
+
+qcache_cache::qcache_cache(qcache_layout layout, ggml_backend_buffer_type_t buft, int32_t n_seq_max, size_t bytes_max,
+                           std::vector<int32_t> fingerprint) :
+    lay(std::move(layout)), buft(buft), mgr(n_seq_max, lay.n_block_tokens, lay.block_bytes, bytes_max),
+    fingerprint(std::move(fingerprint)) {}
+
+bool qcache_cache::sync() {
+    bool ok = true;
+    memory.resize(mgr.n_ids() > (int32_t) memory.size() ? mgr.n_ids() : memory.size());
+    const auto changed = mgr.take_changed();
+    for (const int32_t id : changed) {
+        // an id freed and taken again may have another size
+        const bool used = id < mgr.n_ids() && mgr.used(id);
+        if (!used || (memory[id] && ggml_backend_buffer_get_size(memory[id].get()) != lay.block_bytes[mgr.modality(id)])) {
+            memory[id].reset();
+        }
+    }
+    for (const int32_t id : changed) {
+        if (ok && id < mgr.n_ids() && mgr.used(id) && !memory[id]) {
+            memory[id].reset(ggml_backend_buft_alloc_buffer(buft, lay.block_bytes[mgr.modality(id)]));
+            ok = memory[id] != nullptr;
+            if (ok) {
+                ggml_backend_buffer_clear(memory[id].get(), 0);
+            }
+        }
+    }
+    if (ok) {
+        for (const auto & copy : mgr.take_copies()) {
+            memcpy(ggml_backend_buffer_get_base(memory[copy.dst].get()), ggml_backend_buffer_get_base(memory[copy.src].get()),
+                   lay.block_bytes[mgr.modality(copy.src)]);
+        }
+    }
+    return ok;
+}
+
+qcache_attn_block qcache_cache::view(const qcache_seq_block & block) const {
+    ggml_backend_buffer_t buffer = memory[block.id].get();
+    return { (uint8_t *) ggml_backend_buffer_get_base(buffer), block.first, block.n, block.modality, buffer };
+}
+
+struct qcache_kv_usage qcache_cache::usage(int32_t n_lazy_layers) const {
+    struct qcache_kv_usage u = {};
+
+    u.n_blocks_text      = mgr.n_blocks(QCACHE_MODALITY_TEXT);
+    u.n_blocks_visual    = mgr.n_blocks(QCACHE_MODALITY_VISUAL);
+    u.n_blocks           = u.n_blocks_text + u.n_blocks_visual;
+    u.bytes              = mgr.bytes();
+    u.bytes_if_full      = u.n_blocks * lay.full_block_bytes;
+    u.bytes_max          = mgr.bytes_limit();
+    u.bytes_block_text   = lay.block_bytes[QCACHE_MODALITY_TEXT];
+    u.bytes_block_visual = lay.block_bytes[QCACHE_MODALITY_VISUAL];
+    u.bytes_block_full   = lay.full_block_bytes;
+    u.n_block_tokens     = lay.n_block_tokens;
+    u.n_lazy_layers      = n_lazy_layers;
+    for (int32_t s = 0; s < mgr.n_seqs(); s++) {
+        for (const auto & block : mgr.seq(s)) {
+            (block.modality == QCACHE_MODALITY_VISUAL ? u.n_tokens_visual : u.n_tokens_text) += block.n;
+        }
+    }
+    return u;
+}
+
+//
+// state: magic, fingerprint, blocks (modality), sequences (block list), then the bytes of every block
+//
+
+static const uint32_t STATE_MAGIC   = 0x53514751; // "QGQS"
+static const uint32_t STATE_VERSION = 1;
+
+bool qcache_cache::write_state(const sink & out) const {
+    const auto put = [&](int32_t value) { return out(&value, sizeof(value)); };
+
+    // block ids are renumbered without the free ones
+    std::vector<int32_t> ids, number(mgr.n_ids(), -1);
+    for (int32_t id = 0; id < mgr.n_ids(); id++) {
+        if (mgr.used(id)) {
+            number[id] = (int32_t) ids.size();
+            ids.push_back(id);
+        }
+    }
+    bool ok = put((int32_t) STATE_MAGIC) && put((int32_t) STATE_VERSION) && put((int32_t) fingerprint.size());
+    for (const int32_t value : fingerprint) {
+        ok = ok && put(value);
+    }
+    ok = ok && put(mgr.n_seqs()) && put((int32_t) ids.size());
+    for (const int32_t id : ids) {
+        ok = ok && put(mgr.modality(id));
+    }
+    for (int32_t s = 0; s < mgr.n_seqs() && ok; s++) {
+        ok = put((int32_t) mgr.seq(s).size());
+        for (const auto & block : mgr.seq(s)) {
+            ok = ok && put(number[block.id]) && put(block.n);
+        }
+    }
+    for (const int32_t id : ids) {
+        ok = ok && out(ggml_backend_buffer_get_base(memory[id].get()), lay.block_bytes[mgr.modality(id)]);
+    }
+    return ok;
+}
+
+enum qcache_status qcache_cache::read_state(const uint8_t * data, size_t size, int32_t n_ctx) {
+    size_t     pos     = 0;
+    const auto damaged = [&](const char * what, long long value) {
+        return qcache_fail(QCACHE_STATUS_INVALID_STATE, "the saved state of %zu bytes is damaged at byte %zu: %s %lld", size, pos, what, value);
+    };
+    const auto get = [&](int32_t & value) {
+        if (size - pos < sizeof(value)) {
+            return false;
+        }
+        memcpy(&value, data + pos, sizeof(value));
+        pos += sizeof(value);
+        return true;
+    };
+    int32_t magic = 0, version = 0, n_fingerprint = 0;
+    if (!get(magic) || (uint32_t) magic != STATE_MAGIC) {
+        return damaged("it does not start as a state does but with", magic);
+    }
+    if (!get(version) || version != (int32_t) STATE_VERSION) {
+        return damaged("unknown version", version);
+    }
+    if (!get(n_fingerprint)) {
+        return damaged("it ends early, fingerprint", n_fingerprint);
+    }
+    if (n_fingerprint != (int32_t) fingerprint.size()) {
+        return qcache_fail(QCACHE_STATUS_INVALID_STATE, "the state was saved with another number of layers (%d fingerprint values, expected %zu)",
+                           n_fingerprint, fingerprint.size());
+    }
+    for (size_t i = 0; i < fingerprint.size(); i++) {
+        int32_t value = 0;
+        if (!get(value)) {
+            return damaged("it ends early, fingerprint value", (long long) i);
+        }
+        if (value != fingerprint[i]) {
+            static const char * names[] = { "n_layer", "n_embd",  "n_head",         "n_head_kv", "head_dim",
+                                            "type_k",  "type_v", "n_block_tokens", "lazy_mode" };
+            const size_t        n_names = sizeof(names) / sizeof(names[0]);
+            return qcache_fail(QCACHE_STATUS_INVALID_STATE, "the state was saved with %s %d, this context has %d",
+                               i < n_names ? names[i] : ("leader of layer " + std::to_string(i - n_names)).c_str(), value, fingerprint[i]);
+        }
+    }
+    int32_t n_seqs = 0, n_blocks = 0;
+    if (!get(n_seqs) || !get(n_blocks) || n_seqs < 0 || n_blocks < 0 || (size_t) n_blocks > size) {
+        return damaged("number of blocks", n_blocks);
+    }
+    std::vector<int8_t> modality(n_blocks);
+    int32_t             counts[2] = { 0, 0 };
+    size_t              bytes     = 0;
+    for (auto & m : modality) {
+        int32_t value = 0;
+        if (!get(value) || value < 0 || value > 1) {
+            return damaged("modality", value);
+        }
+        m = (int8_t) value;
+        counts[value]++;
+        bytes += lay.block_bytes[value];
+    }
+    std::vector<std::vector<qcache_seq_block>> seqs(std::max(n_seqs, mgr.n_seqs()));
+    std::vector<bool>                          referenced(n_blocks);
+    for (int32_t s = 0; s < n_seqs; s++) {
+        int32_t n = 0, first = 0;
+        if (!get(n) || n < 0 || n > n_blocks) {
+            return damaged("blocks of a sequence", n);
+        }
+        if (n > 0 && s >= mgr.n_seqs()) {
+            return qcache_fail(QCACHE_STATUS_INVALID_STATE, "the state holds sequence %d, this context has n_seq_max %d", s, mgr.n_seqs());
+        }
+        for (int32_t i = 0; i < n; i++) {
+            int32_t id = 0, n_tokens = 0;
+            if (!get(id) || !get(n_tokens) || id < 0 || id >= n_blocks || n_tokens < 1 || n_tokens > lay.n_block_tokens) {
+                return damaged("block", id);
+            }
+            seqs[s].push_back({ id, first, n_tokens, modality[id] });
+            referenced[id] = true;
+            first += n_tokens;
+        }
+        if (first > n_ctx) {
+            return qcache_fail(QCACHE_STATUS_INVALID_STATE, "the state holds %d tokens in sequence %d, n_ctx is %d", first, s, n_ctx);
+        }
+    }
+    seqs.resize(mgr.n_seqs());
+    if (std::find(referenced.begin(), referenced.end(), false) != referenced.end()) {
+        return damaged("a block belongs to no sequence, blocks", n_blocks);
+    }
+    if (size - pos != bytes) {
+        return damaged("bytes of blocks that follow", (long long) (size - pos));
+    }
+    if (!mgr.fits(counts[0], counts[1])) {
+        return qcache_fail(QCACHE_STATUS_NO_BLOCKS, "the state needs %zu bytes of KV, kv_bytes_max is %zu", bytes, mgr.bytes_limit());
+    }
+    // new memory first: what is held now goes only when nothing can fail any more
+    std::vector<ggml_backend_buffer_ptr> fresh(n_blocks);
+    for (int32_t id = 0; id < n_blocks; id++) {
+        const size_t block_bytes = lay.block_bytes[modality[id]];
+        fresh[id].reset(ggml_backend_buft_alloc_buffer(buft, block_bytes));
+        if (!fresh[id]) {
+            return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot allocate %zu bytes of KV for a saved state", bytes);
+        }
+        memcpy(ggml_backend_buffer_get_base(fresh[id].get()), data + pos, block_bytes);
+        pos += block_bytes;
+    }
+    mgr.restore(seqs, modality);
+    memory = std::move(fresh);
+    return QCACHE_STATUS_SUCCESS;
+}

@@ -1,0 +1,58 @@
+// qcache-cache.h: the memory behind the blocks: where each layer's K and V lie in a block, allocation, copies, state
+
+#pragma once
+
+#include "qcache-blocks.h"
+#include "qcache-model.h"
+#include "qcache-op.h"
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+// where K and V of each layer lie in a block, by modality of the block
+struct qcache_layout {
+    static constexpr size_t none = SIZE_MAX;
+
+    int32_t             n_block_tokens;
+    int32_t             type_k;
+    int32_t             type_v;
+    std::vector<size_t> k_offset[2]; // [n_layer]; none where the layer keeps no K for that modality
+    std::vector<size_t> v_offset[2];
+    size_t              block_bytes[2];
+    size_t              full_block_bytes; // of a block in which every layer keeps K and V
+
+    qcache_layout(const qcache_hparams & hparams, const std::vector<int32_t> & leader, enum qcache_lazy_mode mode,
+                  int32_t n_block_tokens, int32_t type_k, int32_t type_v);
+};
+
+class qcache_cache {
+  public:
+    // fingerprint: what a saved state must match to be loaded, beyond the layout
+    qcache_cache(qcache_layout layout, ggml_backend_buffer_type_t buft, int32_t n_seq_max, size_t bytes_max,
+                 std::vector<int32_t> fingerprint);
+
+    const qcache_layout & layout() const { return lay; }
+    qcache_blocks &       blocks() { return mgr; }
+    const qcache_blocks & blocks() const { return mgr; }
+
+    // Brings memory in step with the block manager: allocates, copies, frees. False when memory ran out; the caller
+    // rolls back and calls again.
+    bool sync();
+
+    qcache_attn_block view(const qcache_seq_block & block) const;
+
+    struct qcache_kv_usage usage(int32_t n_lazy_layers) const;
+
+    // state as a stream of bytes, so that size, memory and file share one walk
+    using sink = std::function<bool(const void * data, size_t size)>;
+    bool               write_state(const sink & out) const;
+    enum qcache_status read_state(const uint8_t * data, size_t size, int32_t n_ctx);
+
+  private:
+    qcache_layout                        lay;
+    ggml_backend_buffer_type_t           buft;
+    qcache_blocks                        mgr;
+    std::vector<ggml_backend_buffer_ptr> memory; // by block id; NULL where the block is free
+    std::vector<int32_t>                 fingerprint;
+};

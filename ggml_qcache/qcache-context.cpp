@@ -1,0 +1,615 @@
+// qcache-context.cpp: decode: batch -> rows and blocks -> graph -> logits
+
+#include "qcache-graph.h"
+
+#include <ggml-alloc.h>
+#include <ggml-cpu.h>
+#include <ggml.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <thread>
+
+// AUTO keeps the leader's logits while they fit the last-level cache of a small machine: then reading them beats
+// recomputing from K, whatever the number of rows; beyond it both are bound by memory
+static const size_t SCORE_CACHE_AUTO_BYTES = 32u << 20;
+
+struct qcache_context {
+    const qcache_model &         model;
+    struct qcache_context_params params;
+    std::vector<int32_t>         leader;
+    enum qcache_lazy_mode        mode;
+    const qcache_attn_kernel *   kernel; // NULL: composed
+    ggml_backend_ptr             backend;
+    ggml_gallocr_ptr             galloc;
+    qcache_cache                 cache;
+
+    std::vector<uint8_t> graph_memory; // tensors and graph of the current step
+    std::vector<uint8_t> scratch;      // of the attention kernel, all threads
+    std::vector<float>   scores;
+    std::vector<float>   logits;       // [n_out][n_vocab]
+    std::vector<int32_t> out_of_row;   // [n_tokens] of the last batch: index into logits or -1
+    int32_t              n_out = 0;
+
+    qcache_context(const qcache_model & model, struct qcache_context_params params, std::vector<int32_t> leader,
+                   enum qcache_lazy_mode mode, const qcache_attn_kernel * kernel, qcache_layout layout,
+                   std::vector<int32_t> fingerprint) :
+        model(model), params(params), leader(std::move(leader)), mode(mode), kernel(kernel), backend(ggml_backend_cpu_init()),
+        galloc(ggml_gallocr_new(ggml_backend_cpu_buffer_type())),
+        cache(std::move(layout), ggml_backend_cpu_buffer_type(), params.n_seq_max, params.kv_bytes_max, std::move(fingerprint)) {}
+
+    int32_t n_lazy_layers() const {
+        int32_t n = 0;
+        for (int32_t il = 0; il < model.hparams.n_layer; il++) {
+            n += leader[il] != il;
+        }
+        return n;
+    }
+};
+
+namespace {
+
+// one row of a batch with its place in the cache
+struct placed_row {
+    int32_t index; // in the batch
+    int32_t seq_id;
+    int32_t pos;
+    int32_t block;
+    int8_t  modality;
+    bool    is_token;
+    bool    wants_logits;
+};
+
+bool is_token(const struct qcache_batch & batch, int32_t i) {
+    return batch.token != nullptr && batch.token[i] >= 0;
+}
+
+enum qcache_status check_batch(const qcache_context & ctx, const struct qcache_batch & batch) {
+    if (batch.n_tokens < 1) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "a batch has at least one row, got n_tokens %d", batch.n_tokens);
+    }
+    if (batch.token == nullptr && batch.embd == nullptr) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "a batch needs tokens or embeddings, both are NULL");
+    }
+    std::vector<int32_t> added(ctx.params.n_seq_max);
+    for (int32_t i = 0; i < batch.n_tokens; i++) {
+        if (batch.token != nullptr && (batch.token[i] < -1 || batch.token[i] >= ctx.model.hparams.n_vocab)) {
+            return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "token %d of row %d is out of range, the vocabulary has %d", batch.token[i],
+                               i, ctx.model.hparams.n_vocab);
+        }
+        if (!is_token(batch, i) && batch.embd == nullptr) {
+            return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "row %d has no token, and embd is NULL", i);
+        }
+        if (batch.modality != nullptr && batch.modality[i] != QCACHE_MODALITY_TEXT && batch.modality[i] != QCACHE_MODALITY_VISUAL) {
+            return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "modality %d of row %d is not one of 0 (text), 1 (visual)", batch.modality[i], i);
+        }
+        const int32_t seq_id = batch.seq_id == nullptr ? 0 : batch.seq_id[i];
+        if (seq_id < 0 || seq_id >= ctx.params.n_seq_max) {
+            return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "sequence %d of row %d is out of range, n_seq_max is %d", seq_id, i,
+                               ctx.params.n_seq_max);
+        }
+        added[seq_id]++;
+    }
+    for (int32_t s = 0; s < ctx.params.n_seq_max; s++) {
+        const int32_t len = ctx.cache.blocks().len(s);
+        if (added[s] > ctx.params.n_ctx - len) {
+            return qcache_fail(QCACHE_STATUS_CONTEXT_FULL, "sequence %d holds %d tokens and would grow by %d, n_ctx is %d", s, len,
+                               added[s], ctx.params.n_ctx);
+        }
+    }
+    return QCACHE_STATUS_SUCCESS;
+}
+
+// a block for every row; NO_BLOCKS when the limit is reached
+enum qcache_status place(qcache_context & ctx, const struct qcache_batch & batch, std::vector<placed_row> & rows) {
+    auto & blocks = ctx.cache.blocks();
+    rows.resize(batch.n_tokens);
+    for (int32_t i = 0; i < batch.n_tokens; i++) {
+        auto & row       = rows[i];
+        row.index        = i;
+        row.seq_id       = batch.seq_id == nullptr ? 0 : batch.seq_id[i];
+        row.is_token     = is_token(batch, i);
+        row.modality     = batch.modality != nullptr ? batch.modality[i] : (int8_t) (row.is_token ? QCACHE_MODALITY_TEXT : QCACHE_MODALITY_VISUAL);
+        row.wants_logits = batch.logits == nullptr ? i == batch.n_tokens - 1 : batch.logits[i] != 0;
+        row.pos          = blocks.len(row.seq_id);
+        row.block        = blocks.append(row.seq_id, row.modality);
+        if (row.block < 0) {
+            return qcache_fail(QCACHE_STATUS_NO_BLOCKS,
+                               "no KV block left for row %d of %d (sequence %d, position %d): %zu bytes are in use, kv_bytes_max is %zu", i,
+                               batch.n_tokens, row.seq_id, row.pos, blocks.bytes(), blocks.bytes_limit());
+        }
+    }
+    return QCACHE_STATUS_SUCCESS;
+}
+
+// rows i0 .. i1-1 of the batch as one graph
+enum qcache_status compute(qcache_context & ctx, const struct qcache_batch & batch, const std::vector<placed_row> & all, int32_t i0,
+                           int32_t i1, int32_t & n_out_done) {
+    const auto & hp = ctx.model.hparams;
+
+    // text tokens, text embeddings, visual tokens, visual embeddings: see qcache-graph.h
+    std::vector<placed_row> rows(all.begin() + i0, all.begin() + i1);
+    const auto              kind = [](const placed_row & row) { return row.modality * 2 + !row.is_token; };
+    std::stable_sort(rows.begin(), rows.end(), [&](const auto & a, const auto & b) { return kind(a) < kind(b); });
+
+    // sequences of this step, with their blocks
+    std::vector<int32_t>                        index_of_seq(ctx.params.n_seq_max, -1);
+    std::vector<std::vector<qcache_attn_block>> blocks;
+    std::vector<qcache_attn_row>                attn_rows;
+    int32_t                                     n_of_kind[4] = { 0, 0, 0, 0 };
+    int32_t                                     n_out = 0, pos_max = 0;
+    for (const auto & row : rows) {
+        if (index_of_seq[row.seq_id] < 0) {
+            index_of_seq[row.seq_id] = (int32_t) blocks.size();
+            blocks.emplace_back();
+            for (const auto & block : ctx.cache.blocks().seq(row.seq_id)) {
+                blocks.back().push_back(ctx.cache.view(block));
+            }
+        }
+        attn_rows.push_back({ index_of_seq[row.seq_id], row.pos, (int32_t) attn_rows.size(), row.block, row.modality });
+        n_of_kind[kind(row)]++;
+        n_out += row.wants_logits;
+        pos_max = std::max(pos_max, row.pos);
+    }
+    std::vector<qcache_attn_seq> seqs;
+    for (const auto & b : blocks) {
+        seqs.push_back({ b.data(), (int32_t) b.size() });
+    }
+
+    qcache_step step = { ctx.model, ctx.leader, ctx.mode, ctx.cache.layout(), {}, false, ctx.kernel, nullptr,
+                         n_of_kind[0], n_of_kind[1], n_of_kind[2], n_of_kind[3], n_out };
+    step.attn.seqs         = seqs.data();
+    step.attn.rows         = attn_rows.data();
+    step.attn.n_seqs       = (int32_t) seqs.size();
+    step.attn.n_rows       = (int32_t) attn_rows.size();
+    step.attn.scores       = nullptr;
+    step.attn.n_score_keys = pos_max + 1;
+
+    const size_t n_scores = (size_t) step.attn.n_rows * hp.n_head * step.attn.n_score_keys;
+    step.use_scores       = ctx.kernel != nullptr && ctx.n_lazy_layers() > 0 &&
+                            (ctx.params.score_cache == QCACHE_SCORE_CACHE_ON ||
+                             (ctx.params.score_cache == QCACHE_SCORE_CACHE_AUTO && n_scores * sizeof(float) <= SCORE_CACHE_AUTO_BYTES));
+    if (step.use_scores) {
+        if (ctx.scores.size() < n_scores) {
+            ctx.scores.resize(n_scores);
+        }
+        step.attn.scores = ctx.scores.data();
+    }
+    const bool    decoding  = step.attn.n_rows <= step.attn.n_seqs;
+    const int32_t n_threads = decoding ? ctx.params.n_threads : ctx.params.n_threads_batch;
+    if (ctx.kernel != nullptr) {
+        qcache_attn_params p = {};
+        p.head_dim           = hp.head_dim;
+        p.n_head             = hp.n_head;
+        p.n_head_kv          = hp.n_head_kv;
+        p.n_block_tokens     = ctx.params.n_block_tokens;
+        p.type_k             = ctx.params.type_k;
+        p.type_v             = ctx.params.type_v;
+        p.step               = &step.attn;
+        const size_t bytes   = qcache_attn_scratch_bytes(p) * n_threads;
+        if (ctx.scratch.size() < bytes) {
+            ctx.scratch.resize(bytes);
+        }
+        step.wdata = ctx.scratch.data();
+    }
+
+    const size_t n_nodes = qcache_graph::n_nodes_max(step);
+    ctx.graph_memory.resize(std::max(ctx.graph_memory.size(), ggml_tensor_overhead() * n_nodes * 2 + ggml_graph_overhead_custom(n_nodes, false)));
+    ggml_context_ptr ggml{ ggml_init({ ctx.graph_memory.size(), ctx.graph_memory.data(), true }) };
+    if (!ggml) {
+        return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot create a graph of %zu nodes", n_nodes);
+    }
+    ggml_cgraph * gf = ggml_new_graph_custom(ggml.get(), n_nodes, false);
+    qcache_graph  graph(step, ggml.get(), gf);
+
+    ggml_tensor * result = qcache_build_llama(graph);
+    if (result == nullptr) {
+        return QCACHE_STATUS_INTERNAL; // qcache_last_error() has the shapes
+    }
+    ggml_set_output(result);
+    ggml_build_forward_expand(gf, result);
+    if (!ggml_gallocr_alloc_graph(ctx.galloc.get(), gf)) {
+        return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot allocate the compute buffer for %d rows", step.attn.n_rows);
+    }
+
+    std::vector<int32_t> token, pos, out;
+    std::vector<float>   embd;
+    for (int32_t r = 0; r < (int32_t) rows.size(); r++) {
+        const auto & row = rows[r];
+        pos.push_back(row.pos);
+        if (row.is_token) {
+            token.push_back(batch.token[row.index]);
+        } else {
+            const float * from = batch.embd + (size_t) row.index * hp.n_embd;
+            embd.insert(embd.end(), from, from + hp.n_embd);
+        }
+        if (row.wants_logits) {
+            out.push_back(r);
+        }
+    }
+    const auto set = [](ggml_tensor * tensor, const void * data) {
+        if (tensor != nullptr && tensor->buffer != nullptr) {
+            ggml_backend_tensor_set(tensor, data, 0, ggml_nbytes(tensor));
+        }
+    };
+    set(graph.inp_token, token.data());
+    set(graph.inp_embd, embd.data());
+    set(graph.inp_pos, pos.data());
+    set(graph.inp_out, out.data());
+    graph.set_composed_inputs();
+
+    ggml_backend_cpu_set_n_threads(ctx.backend.get(), n_threads);
+    const enum ggml_status status = ggml_backend_graph_compute(ctx.backend.get(), gf);
+    if (status != GGML_STATUS_SUCCESS) {
+        return qcache_fail(status == GGML_STATUS_ALLOC_FAILED ? QCACHE_STATUS_OUT_OF_MEMORY : QCACHE_STATUS_INTERNAL,
+                           "computing %d rows failed: %s", step.attn.n_rows, ggml_status_to_string(status));
+    }
+    // rows were reordered: each output goes to its row's place in the batch
+    for (size_t k = 0; k < out.size(); k++) {
+        const size_t row_bytes = (size_t) hp.n_vocab * sizeof(float);
+        float *      to        = ctx.logits.data() + (size_t) ctx.out_of_row[rows[out[k]].index] * hp.n_vocab;
+        ggml_backend_tensor_get(result, to, k * row_bytes, row_bytes);
+    }
+    n_out_done += n_out;
+    return QCACHE_STATUS_SUCCESS;
+}
+
+enum qcache_status decode(qcache_context & ctx, const struct qcache_batch & batch) {
+    enum qcache_status status = check_batch(ctx, batch);
+    if (status != QCACHE_STATUS_SUCCESS) {
+        return status;
+    }
+    auto & blocks = ctx.cache.blocks();
+    blocks.begin();
+
+    std::vector<placed_row> rows;
+    status = place(ctx, batch, rows);
+    if (status == QCACHE_STATUS_SUCCESS && !ctx.cache.sync()) {
+        status = qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot allocate KV blocks: %zu bytes are in use or wanted", blocks.bytes());
+    }
+    if (status == QCACHE_STATUS_SUCCESS) {
+        int32_t n_out = 0;
+        ctx.out_of_row.assign(batch.n_tokens, -1);
+        for (const auto & row : rows) {
+            if (row.wants_logits) {
+                ctx.out_of_row[row.index] = n_out++;
+            }
+        }
+        ctx.logits.resize((size_t) n_out * ctx.model.hparams.n_vocab);
+        int32_t n_done = 0;
+        for (int32_t i = 0; i < batch.n_tokens && status == QCACHE_STATUS_SUCCESS; i += ctx.params.n_ubatch) {
+            status = compute(ctx, batch, rows, i, std::min(i + ctx.params.n_ubatch, batch.n_tokens), n_done);
+        }
+        ctx.n_out = n_done;
+    }
+    return status;
+}
+
+enum qcache_status check_params(const qcache_model & model, struct qcache_context_params & p) {
+    const auto invalid = [](const char * name, long long value, const char * expected) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "%s is %lld, expected %s", name, value, expected);
+    };
+    const int32_t n_cores = std::max(1, (int32_t) std::thread::hardware_concurrency());
+    if (p.n_ctx < 0) {
+        return invalid("n_ctx", p.n_ctx, "0 (the model's) or more");
+    }
+    if (p.n_ubatch < 1) {
+        return invalid("n_ubatch", p.n_ubatch, "1 or more");
+    }
+    if (p.n_seq_max < 1 || p.n_seq_max > 65536) {
+        return invalid("n_seq_max", p.n_seq_max, "1 .. 65536");
+    }
+    if (p.n_threads < 0 || p.n_threads > 512) {
+        return invalid("n_threads", p.n_threads, "0 (all cores) .. 512");
+    }
+    if (p.n_threads_batch < 0 || p.n_threads_batch > 512) {
+        return invalid("n_threads_batch", p.n_threads_batch, "0 (all cores) .. 512");
+    }
+    if (p.n_block_tokens != 16 && p.n_block_tokens != 32 && p.n_block_tokens != 64) {
+        return invalid("n_block_tokens", p.n_block_tokens, "16, 32 or 64");
+    }
+    for (const int32_t type : { p.type_k, p.type_v }) {
+        if (!qcache_kv_type_supported(type, model.hparams.head_dim)) {
+            const bool known = type >= 0 && type < GGML_TYPE_COUNT && ggml_type_name((enum ggml_type) type) != nullptr;
+            return qcache_fail(QCACHE_STATUS_UNSUPPORTED, "a KV cache of type %d (%s) with head_dim %d is not supported (f16 and q8_0 are)",
+                               type, known ? ggml_type_name((enum ggml_type) type) : "unknown", model.hparams.head_dim);
+        }
+    }
+    if (p.lazy_mode < QCACHE_LAZY_MODE_OFF || p.lazy_mode > QCACHE_LAZY_MODE_FILE) {
+        return invalid("lazy_mode", p.lazy_mode, "0 (off), 1 (global), 2 (visual) or 3 (as the file says)");
+    }
+    if (p.lazy_leader != nullptr && p.lazy_mode != QCACHE_LAZY_MODE_GLOBAL && p.lazy_mode != QCACHE_LAZY_MODE_VISUAL) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "lazy_leader goes with lazy_mode 1 (global) or 2 (visual), got %d", p.lazy_mode);
+    }
+    if (p.attn_impl < QCACHE_ATTN_IMPL_AUTO || p.attn_impl > QCACHE_ATTN_IMPL_COMPOSED) {
+        return invalid("attn_impl", p.attn_impl, "0 (auto), 1 (scalar) or 2 (composed)");
+    }
+    if (p.score_cache < QCACHE_SCORE_CACHE_AUTO || p.score_cache > QCACHE_SCORE_CACHE_ON) {
+        return invalid("score_cache", p.score_cache, "0 (auto), 1 (off) or 2 (on)");
+    }
+    p.n_ctx           = p.n_ctx == 0 ? model.hparams.n_ctx_train : p.n_ctx;
+    p.n_threads       = p.n_threads == 0 ? n_cores : p.n_threads;
+    p.n_threads_batch = p.n_threads_batch == 0 ? n_cores : p.n_threads_batch;
+    return QCACHE_STATUS_SUCCESS;
+}
+
+// the leaders and the mode in force, and whether the weights they need are there
+enum qcache_status choose_lazy(const qcache_model & model, const struct qcache_context_params & p, std::vector<int32_t> & leader,
+                               enum qcache_lazy_mode & mode) {
+    const auto & hp = model.hparams;
+    mode            = p.lazy_mode == QCACHE_LAZY_MODE_FILE ? hp.lazy_mode : p.lazy_mode;
+    leader          = hp.lazy_leader;
+    if (p.lazy_leader != nullptr) {
+        const enum qcache_status status =
+            qcache_lazy_leader_check(p.lazy_leader, (size_t) std::max(p.n_lazy_leader, 0), hp.n_layer, "lazy_leader", QCACHE_STATUS_INVALID_ARGUMENT);
+        if (status != QCACHE_STATUS_SUCCESS) {
+            return status;
+        }
+        leader.assign(p.lazy_leader, p.lazy_leader + p.n_lazy_leader);
+    }
+    bool any = false;
+    for (int32_t il = 0; il < hp.n_layer; il++) {
+        leader[il] = mode == QCACHE_LAZY_MODE_OFF ? il : leader[il];
+        any        = any || leader[il] != il;
+        if ((leader[il] == il || mode != QCACHE_LAZY_MODE_GLOBAL) && (model.layers[il].wq == nullptr || model.layers[il].wk == nullptr)) {
+            return qcache_fail(QCACHE_STATUS_UNSUPPORTED,
+                               "layer %d needs blk.%d.attn_q.weight and attn_k.weight, which the file left out because the layer is lazy in "
+                               "global mode there: convert with --keep-qk to run it in another way",
+                               il, il);
+        }
+    }
+    mode = any ? mode : QCACHE_LAZY_MODE_OFF;
+    return QCACHE_STATUS_SUCCESS;
+}
+
+// no exception may cross the C API
+template <typename F> enum qcache_status guarded(F && f) {
+    try {
+        return f();
+    } catch (const std::bad_alloc &) {
+        return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "out of memory");
+    } catch (const std::exception & e) {
+        return qcache_fail(QCACHE_STATUS_INTERNAL, "%s", e.what());
+    }
+}
+
+} // namespace
+
+struct qcache_context_params qcache_context_default_params(void) {
+    struct qcache_context_params p = {};
+
+    p.n_ubatch       = 512;
+    p.n_seq_max      = 1;
+    p.type_k         = GGML_TYPE_F16;
+    p.type_v         = GGML_TYPE_F16;
+    p.n_block_tokens = 32;
+    p.lazy_mode      = QCACHE_LAZY_MODE_FILE;
+    p.attn_impl      = QCACHE_ATTN_IMPL_AUTO;
+    p.score_cache    = QCACHE_SCORE_CACHE_AUTO;
+    return p;
+}
+
+enum qcache_status qcache_context_init(const qcache_model_t * model, struct qcache_context_params params, qcache_context_t ** ctx) {
+    if (model == nullptr || ctx == nullptr) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "model and ctx must not be NULL");
+    }
+    *ctx = nullptr;
+    return guarded([&] {
+        enum qcache_status    status = check_params(*model, params);
+        std::vector<int32_t>  leader;
+        enum qcache_lazy_mode mode = QCACHE_LAZY_MODE_OFF;
+        if (status == QCACHE_STATUS_SUCCESS) {
+            status = choose_lazy(*model, params, leader, mode);
+        }
+        if (status != QCACHE_STATUS_SUCCESS) {
+            return status;
+        }
+        params.lazy_leader = nullptr; // copied
+        const auto &         hp          = model->hparams;
+        std::vector<int32_t> fingerprint = { hp.n_layer,    hp.n_embd,     hp.n_head,     hp.n_head_kv, hp.head_dim,
+                                             params.type_k, params.type_v, params.n_block_tokens, (int32_t) mode };
+        fingerprint.insert(fingerprint.end(), leader.begin(), leader.end());
+
+        const qcache_attn_kernel * kernel = params.attn_impl == QCACHE_ATTN_IMPL_AUTO   ? qcache_attn_kernel_best()
+                                            : params.attn_impl == QCACHE_ATTN_IMPL_SCALAR ? qcache_attn_kernel_scalar()
+                                                                                          : nullptr;
+        qcache_layout layout(hp, leader, mode, params.n_block_tokens, params.type_k, params.type_v);
+        auto          made = std::make_unique<qcache_context>(*model, params, leader, mode, kernel, std::move(layout), std::move(fingerprint));
+        if (!made->backend || !made->galloc) {
+            return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot create the CPU backend");
+        }
+        *ctx = made.release();
+        return QCACHE_STATUS_SUCCESS;
+    });
+}
+
+void qcache_context_free(qcache_context_t * ctx) {
+    delete ctx;
+}
+
+enum qcache_status qcache_decode(qcache_context_t * ctx, struct qcache_batch batch) {
+    ctx->n_out = 0;
+    ctx->out_of_row.clear();
+    const enum qcache_status status = guarded([&] { return decode(*ctx, batch); });
+    const enum qcache_status ended  = guarded([&] {
+        auto & blocks = ctx->cache.blocks();
+        if (status == QCACHE_STATUS_SUCCESS) {
+            blocks.commit();
+        } else {
+            blocks.rollback();
+            ctx->n_out = 0;
+            ctx->out_of_row.clear();
+        }
+        ctx->cache.sync(); // only frees here
+        return status;
+    });
+    return status == QCACHE_STATUS_SUCCESS ? ended : status;
+}
+
+const float * qcache_get_logits_ith(qcache_context_t * ctx, int32_t i) {
+    const int32_t n_rows = (int32_t) ctx->out_of_row.size();
+    if (i < -ctx->n_out || i >= n_rows) {
+        qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "row %d is out of range: the last batch has %d rows, %d with logits", i, n_rows, ctx->n_out);
+        return nullptr;
+    }
+    const int32_t k = i < 0 ? ctx->n_out + i : ctx->out_of_row[i];
+    if (k < 0) {
+        qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "row %d of the last batch has no logits: they were not asked for", i);
+        return nullptr;
+    }
+    return ctx->logits.data() + (size_t) k * ctx->model.hparams.n_vocab;
+}
+
+int32_t qcache_n_ctx(const qcache_context_t * ctx) {
+    return ctx->params.n_ctx;
+}
+
+enum qcache_lazy_mode qcache_get_lazy(const qcache_context_t * ctx, int32_t * leader) {
+    if (leader != nullptr) {
+        memcpy(leader, ctx->leader.data(), ctx->leader.size() * sizeof(int32_t));
+    }
+    return ctx->mode;
+}
+
+const char * qcache_attn_name(const qcache_context_t * ctx) {
+    return ctx->kernel == nullptr ? "composed" : ctx->kernel->name;
+}
+
+void qcache_set_n_threads(qcache_context_t * ctx, int32_t n_threads, int32_t n_threads_batch) {
+    ctx->params.n_threads       = std::clamp(n_threads, 1, 512);
+    ctx->params.n_threads_batch = std::clamp(n_threads_batch, 1, 512);
+}
+
+//
+// sequences
+//
+
+int32_t qcache_seq_len(const qcache_context_t * ctx, int32_t seq_id) {
+    return seq_id < 0 || seq_id >= ctx->params.n_seq_max ? -1 : ctx->cache.blocks().len(seq_id);
+}
+
+enum qcache_status qcache_seq_rm(qcache_context_t * ctx, int32_t seq_id, int32_t p0, int32_t p1) {
+    auto & blocks = ctx->cache.blocks();
+    if (seq_id < -1 || seq_id >= ctx->params.n_seq_max) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "sequence %d is out of range, n_seq_max is %d", seq_id, ctx->params.n_seq_max);
+    }
+    if (p0 < 0) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "p0 is %d, expected 0 or more", p0);
+    }
+    const int32_t first = seq_id < 0 ? 0 : seq_id;
+    const int32_t last  = seq_id < 0 ? ctx->params.n_seq_max - 1 : seq_id;
+    for (int32_t s = first; s <= last; s++) {
+        if (p1 >= 0 && p1 < blocks.len(s) && p0 < p1) {
+            return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "positions %d .. %d of sequence %d are not its tail, it holds %d tokens", p0,
+                               p1 - 1, s, blocks.len(s));
+        }
+    }
+    return guarded([&] {
+        for (int32_t s = first; s <= last; s++) {
+            if (p1 < 0 || p0 < p1) {
+                blocks.truncate(s, p0);
+            }
+        }
+        ctx->cache.sync();
+        return QCACHE_STATUS_SUCCESS;
+    });
+}
+
+enum qcache_status qcache_seq_cp(qcache_context_t * ctx, int32_t src, int32_t dst, int32_t p1) {
+    for (const int32_t seq_id : { src, dst }) {
+        if (seq_id < 0 || seq_id >= ctx->params.n_seq_max) {
+            return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "sequence %d is out of range, n_seq_max is %d", seq_id, ctx->params.n_seq_max);
+        }
+    }
+    return guarded([&] {
+        auto & blocks = ctx->cache.blocks();
+        blocks.share(src, dst, p1 < 0 ? blocks.len(src) : std::min(p1, blocks.len(src)));
+        ctx->cache.sync();
+        return QCACHE_STATUS_SUCCESS;
+    });
+}
+
+void qcache_clear(qcache_context_t * ctx) {
+    qcache_seq_rm(ctx, -1, 0, -1);
+}
+
+struct qcache_kv_usage qcache_get_kv_usage(const qcache_context_t * ctx) {
+    return ctx->cache.usage(ctx->n_lazy_layers());
+}
+
+//
+// state
+//
+
+size_t qcache_state_size(const qcache_context_t * ctx) {
+    size_t size = 0;
+    ctx->cache.write_state([&](const void *, size_t n) {
+        size += n;
+        return true;
+    });
+    return size;
+}
+
+enum qcache_status qcache_state_get(const qcache_context_t * ctx, uint8_t * data, size_t size) {
+    const size_t expected = qcache_state_size(ctx);
+    if (size != expected) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "size is %zu, the state takes %zu bytes", size, expected);
+    }
+    return guarded([&] {
+        ctx->cache.write_state([&](const void * from, size_t n) {
+            memcpy(data, from, n);
+            data += n;
+            return true;
+        });
+        return QCACHE_STATUS_SUCCESS;
+    });
+}
+
+enum qcache_status qcache_state_set(qcache_context_t * ctx, const uint8_t * data, size_t size) {
+    return guarded([&] {
+        const enum qcache_status status = ctx->cache.read_state(data, size, ctx->params.n_ctx);
+        if (status == QCACHE_STATUS_SUCCESS) {
+            ctx->n_out = 0;
+            ctx->out_of_row.clear();
+        }
+        return status;
+    });
+}
+
+enum qcache_status qcache_state_save_file(const qcache_context_t * ctx, const char * path) {
+    return guarded([&] {
+        const std::string temporary = std::string(path) + ".tmp";
+        FILE *            file      = fopen(temporary.c_str(), "wb");
+        if (file == nullptr) {
+            return qcache_fail(QCACHE_STATUS_FILE, "%s: %s", temporary.c_str(), strerror(errno));
+        }
+        const bool written = ctx->cache.write_state([&](const void * from, size_t n) { return fwrite(from, 1, n, file) == n; });
+        if (fclose(file) != 0 || !written || rename(temporary.c_str(), path) != 0) {
+            const enum qcache_status status = qcache_fail(QCACHE_STATUS_FILE, "%s: cannot write the state: %s", path, strerror(errno));
+            remove(temporary.c_str());
+            return status;
+        }
+        return QCACHE_STATUS_SUCCESS;
+    });
+}
+
+enum qcache_status qcache_state_load_file(qcache_context_t * ctx, const char * path) {
+    return guarded([&] {
+        FILE * file = fopen(path, "rb");
+        if (file == nullptr) {
+            return qcache_fail(QCACHE_STATUS_FILE, "%s: %s", path, strerror(errno));
+        }
+        std::vector<uint8_t> data;
+        uint8_t              chunk[1 << 16];
+        for (size_t n; (n = fread(chunk, 1, sizeof(chunk), file)) > 0;) {
+            data.insert(data.end(), chunk, chunk + n);
+        }
+        const bool failed = ferror(file) != 0;
+        fclose(file);
+        if (failed) {
+            return qcache_fail(QCACHE_STATUS_FILE, "%s: cannot be read", path);
+        }
+        return qcache_state_set(ctx, data.data(), data.size());
+    });
+}

@@ -1,0 +1,168 @@
+// qcache-graph.cpp: the pieces of a decoder graph
+
+#include "qcache-graph.h"
+
+#include <ggml.h>
+
+#include <cmath>
+
+qcache_graph::qcache_graph(const qcache_step & step, ggml_context * ctx, ggml_cgraph * gf) :
+    model(step.model), n_rows(step.attn.n_rows), step(step), ctx(ctx), gf(gf) {
+    if (step.kernel == nullptr) {
+        composed.reset(qcache_composed_init(ctx, &step.attn, step.layout.n_block_tokens));
+    }
+    attn_nodes.resize(model.hparams.n_layer);
+    append_nodes.resize(model.hparams.n_layer);
+}
+
+void qcache_graph::set_composed_inputs() const {
+    if (composed) {
+        qcache_composed_set_inputs(composed.get());
+    }
+}
+
+size_t qcache_graph::n_nodes_max(const qcache_step & step) {
+    const size_t per_layer = 40 + (step.kernel == nullptr ? qcache_composed_n_nodes(&step.attn) : 0);
+    return 64 + per_layer * (step.model.hparams.n_layer + 1);
+}
+
+ggml_tensor * qcache_graph::embed() {
+    const int32_t n_token = step.n_text_token + step.n_visual_token;
+    const int32_t n_embd  = step.n_text_embd + step.n_visual_embd;
+
+    inp_pos = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_rows);
+    ggml_set_input(inp_pos);
+    if (step.n_out > 0) {
+        inp_out = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, step.n_out);
+        ggml_set_input(inp_out);
+    }
+    ggml_tensor * token = nullptr;
+    if (n_token > 0) {
+        inp_token = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_token);
+        ggml_set_input(inp_token);
+        token = ggml_get_rows(ctx, model.tok_embd, inp_token); // [n_embd, n_token]
+    }
+    if (n_embd > 0) {
+        inp_embd = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, model.hparams.n_embd, n_embd);
+        ggml_set_input(inp_embd);
+    }
+    // text tokens, text embeddings, visual tokens, visual embeddings: the order of the rows
+    const auto piece = [&](ggml_tensor * x, int32_t first, int32_t n) {
+        return x->ne[1] == n ? x : ggml_view_2d(ctx, x, x->ne[0], n, x->nb[1], first * x->nb[1]);
+    };
+    ggml_tensor * x      = nullptr;
+    const auto    append = [&](ggml_tensor * from, int32_t first, int32_t n) {
+        if (n > 0) {
+            ggml_tensor * part = piece(from, first, n);
+            x                  = x == nullptr ? part : ggml_concat(ctx, x, part, 1);
+        }
+    };
+    append(token, 0, step.n_text_token);
+    append(inp_embd, 0, step.n_text_embd);
+    append(token, step.n_text_token, step.n_visual_token);
+    append(inp_embd, step.n_text_embd, step.n_visual_embd);
+    return x;
+}
+
+ggml_tensor * qcache_graph::norm(ggml_tensor * x, ggml_tensor * weight) {
+    return ggml_mul(ctx, ggml_rms_norm(ctx, x, model.hparams.rms_eps), weight);
+}
+
+ggml_tensor * qcache_graph::linear(ggml_tensor * weight, ggml_tensor * bias, ggml_tensor * x) {
+    ggml_tensor * y = ggml_mul_mat(ctx, weight, x);
+    return bias == nullptr ? y : ggml_add(ctx, y, bias);
+}
+
+ggml_tensor * qcache_graph::rope(ggml_tensor * x, int32_t n_head) {
+    const auto &  hp  = model.hparams;
+    const int64_t n   = x->ne[1];
+    ggml_tensor * pos = n == n_rows ? inp_pos : ggml_view_1d(ctx, inp_pos, n, 0);
+    x                 = ggml_reshape_3d(ctx, x, hp.head_dim, n_head, n);
+    return ggml_rope_ext(ctx, x, pos, model.rope_freqs, hp.n_rot, hp.rope_type, hp.n_ctx_train, hp.rope_freq_base,
+                         hp.rope_freq_scale, 0.0f, 1.0f, 32.0f, 1.0f);
+}
+
+ggml_tensor * qcache_graph::swiglu(ggml_tensor * gate, ggml_tensor * up) {
+    return ggml_swiglu_split(ctx, gate, up);
+}
+
+ggml_tensor * qcache_graph::add(ggml_tensor * a, ggml_tensor * b) {
+    return ggml_add(ctx, a, b);
+}
+
+int32_t qcache_graph::n_own(int32_t il) const {
+    if (step.leader[il] == il) {
+        return n_rows;
+    }
+    return step.mode == QCACHE_LAZY_MODE_VISUAL ? step.n_text() : 0;
+}
+
+ggml_tensor * qcache_graph::first_rows(ggml_tensor * x, int32_t n) {
+    return n == n_rows ? x : ggml_view_2d(ctx, x, x->ne[0], n, x->nb[1], 0);
+}
+
+ggml_tensor * qcache_graph::out_rows(ggml_tensor * x) {
+    return step.n_out == n_rows ? x : ggml_get_rows(ctx, x, inp_out);
+}
+
+ggml_tensor * qcache_graph::lazy_attention(int32_t il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v) {
+    const auto &  hp      = model.hparams;
+    const auto &  layout  = step.layout;
+    const int32_t j       = step.leader[il];
+    const bool    lazy    = j != il;
+    const bool    leads   = !lazy && il + 1 < hp.n_layer && step.leader[il + 1] == il;
+
+    auto & append          = append_nodes[il];
+    append.head_dim        = hp.head_dim;
+    append.n_head_kv       = hp.n_head_kv;
+    append.n_block_tokens  = layout.n_block_tokens;
+    append.type_k          = layout.type_k;
+    append.type_v          = layout.type_v;
+    append.step            = &step.attn;
+
+    auto & node            = attn_nodes[il];
+    node.kernel            = step.kernel;
+    node.wdata             = step.wdata;
+    auto & p               = node.params;
+    p.head_dim             = hp.head_dim;
+    p.n_head               = hp.n_head;
+    p.n_head_kv            = hp.n_head_kv;
+    p.n_block_tokens       = layout.n_block_tokens;
+    p.type_k               = layout.type_k;
+    p.type_v               = layout.type_v;
+    p.scale                = 1.0f / sqrtf((float) hp.head_dim);
+    p.score_op             = !step.use_scores ? QCACHE_SCORE_NONE : lazy ? QCACHE_SCORE_READ : leads ? QCACHE_SCORE_WRITE : QCACHE_SCORE_NONE;
+    p.vis_bias             = nullptr;
+    p.step                 = &step.attn;
+    for (int m = 0; m < 2; m++) {
+        append.k_offset[m] = layout.k_offset[m][il];
+        append.v_offset[m] = layout.v_offset[m][il];
+        p.v_offset[m]      = layout.v_offset[m][il];
+    }
+    // PAPER.md's table: in visual mode only (text row, text key) pairs keep their own Q and K
+    for (int row = 0; row < 2; row++) {
+        for (int key = 0; key < 2; key++) {
+            const bool own = !lazy || (step.mode == QCACHE_LAZY_MODE_VISUAL && row == QCACHE_MODALITY_TEXT && key == QCACHE_MODALITY_TEXT);
+            p.q_source[row][key] = own ? QCACHE_Q_OWN : QCACHE_Q_LEADER;
+            p.k_offset[row][key] = layout.k_offset[key][own ? il : j];
+        }
+    }
+    if (lazy && step.mode == QCACHE_LAZY_MODE_VISUAL && model.layers[il].vis_bias != nullptr) {
+        p.vis_bias = (const float *) model.layers[il].vis_bias->data;
+    }
+
+    v                     = ggml_reshape_3d(ctx, v, hp.head_dim, hp.n_head_kv, n_rows);
+    ggml_tensor * written = qcache_op_append(ctx, k, v, &append);
+    if (written == nullptr) {
+        return nullptr;
+    }
+    if (!has_out() && il == hp.n_layer - 1) {
+        return written;
+    }
+    if (leads) {
+        q_cache = q;
+    }
+    ggml_tensor * q_leader = lazy ? q_cache : nullptr;
+    return composed ? qcache_composed_attn(composed.get(), ctx, gf, q, q_leader, written, &p)
+                    : qcache_op_attn(ctx, q, q_leader, written, &node);
+}

@@ -1,0 +1,333 @@
+// qcache-model.cpp: reads the weights of a GGUF into backend buffers
+//
+// Matrices go to the CPU's extra buffer types (CPU_REPACK) where ggml can multiply them there, the rest to the plain
+// CPU buffer: without repacking, quantised prefill is several times slower.
+
+#include "qcache-model.h"
+
+#include <ggml.h>
+
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <new>
+
+#ifdef _WIN32
+#    define fseeko _fseeki64
+#    define ftello _ftelli64
+#endif
+
+namespace {
+
+struct file_closer {
+    void operator()(FILE * file) const { fclose(file); }
+};
+
+using file_ptr = std::unique_ptr<FILE, file_closer>;
+
+// how a weight is used decides where it can live
+enum class weight_use { lookup, elementwise, matmul };
+
+struct loader {
+    const char *                path;
+    gguf_context *              gguf = nullptr;
+    ggml_context *              meta = nullptr; // the file's tensors, without data
+    FILE *                      file = nullptr;
+    qcache_model &              model;
+    struct qcache_model_params  params;
+    ggml_backend_dev_t          device;
+    std::vector<ggml_backend_buffer_type_t> extra_bufts;
+
+    struct job {
+        ggml_tensor * tensor;
+        int64_t       id; // in gguf
+    };
+    std::vector<job>                                          jobs;
+    std::map<ggml_backend_buffer_type_t, ggml_context *>      ctx_of_buft;
+    std::vector<bool>                                         seen; // by gguf tensor id
+    enum qcache_status                                        status = QCACHE_STATUS_SUCCESS;
+
+    bool supports_matmul(ggml_backend_buffer_type_t buft, const ggml_tensor * shape) const {
+        ggml_context_ptr ctx{ ggml_init({ ggml_tensor_overhead() * 4, nullptr, true }) };
+        ggml_tensor *    w = ggml_dup_tensor(ctx.get(), shape);
+        ggml_tensor *    x = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, w->ne[0], 512);
+        ggml_backend_buffer_ptr buffer{ ggml_backend_buft_alloc_buffer(buft, 0) };
+        w->buffer          = buffer.get();
+        const bool ok      = ggml_backend_dev_supports_op(device, ggml_mul_mat(ctx.get(), w, x));
+        w->buffer          = nullptr;
+        return ok;
+    }
+
+    ggml_backend_buffer_type_t buft_for(weight_use use, const ggml_tensor * shape) const {
+        if (use == weight_use::matmul && params.use_extra_bufts) {
+            for (auto buft : extra_bufts) {
+                if (supports_matmul(buft, shape)) {
+                    return buft;
+                }
+            }
+        }
+        return ggml_backend_dev_buffer_type(device);
+    }
+
+    ggml_context * ctx_for(ggml_backend_buffer_type_t buft) {
+        auto it = ctx_of_buft.find(buft);
+        if (it == ctx_of_buft.end()) {
+            const size_t n = (size_t) gguf_get_n_tensors(gguf) + 1; // output may double tok_embd
+            model.ctxs.emplace_back(ggml_init({ ggml_tensor_overhead() * n, nullptr, true }));
+            if (!model.ctxs.back()) {
+                throw std::bad_alloc();
+            }
+            it = ctx_of_buft.emplace(buft, model.ctxs.back().get()).first;
+        }
+        return it->second;
+    }
+
+    // the file's tensor of that name with the given shape, to be read later; NULL when there is none and it is optional
+    ggml_tensor * weight(const std::string & name, weight_use use, bool required, int64_t ne0, int64_t ne1 = 1) {
+        if (status != QCACHE_STATUS_SUCCESS) {
+            return nullptr;
+        }
+        const int64_t id = gguf_find_tensor(gguf, name.c_str());
+        if (id < 0) {
+            if (required) {
+                status = qcache_fail(QCACHE_STATUS_INVALID_MODEL, "%s: tensor %s is missing", path, name.c_str());
+            }
+            return nullptr;
+        }
+        const ggml_tensor * shape = ggml_get_tensor(meta, name.c_str());
+        if (shape->ne[0] != ne0 || shape->ne[1] != ne1 || shape->ne[2] != 1 || shape->ne[3] != 1) {
+            status = qcache_fail(QCACHE_STATUS_INVALID_MODEL, "%s: tensor %s is [%lld, %lld, %lld, %lld], expected [%lld, %lld]", path,
+                                 name.c_str(), (long long) shape->ne[0], (long long) shape->ne[1], (long long) shape->ne[2],
+                                 (long long) shape->ne[3], (long long) ne0, (long long) ne1);
+            return nullptr;
+        }
+        if (use == weight_use::elementwise && shape->type != GGML_TYPE_F32) {
+            status = qcache_fail(QCACHE_STATUS_INVALID_MODEL, "%s: tensor %s is of type %s, expected f32", path, name.c_str(),
+                                 ggml_type_name(shape->type));
+            return nullptr;
+        }
+        ggml_tensor * tensor = ggml_dup_tensor(ctx_for(buft_for(use, shape)), shape);
+        ggml_set_name(tensor, name.c_str());
+        seen[id] = true;
+        jobs.push_back({ tensor, id });
+        model.n_params += ggml_nelements(tensor);
+        return tensor;
+    }
+
+    std::string blk(int32_t il, const char * name) const { return "blk." + std::to_string(il) + "." + name; }
+
+    void plan() {
+        const auto &  hp     = model.hparams;
+        const int64_t n_embd = hp.n_embd;
+        const int64_t n_q    = (int64_t) hp.n_head * hp.head_dim;
+        const int64_t n_kv   = (int64_t) hp.n_head_kv * hp.head_dim;
+
+        model.tok_embd    = weight("token_embd.weight", weight_use::lookup, true, n_embd, hp.n_vocab);
+        model.output_norm = weight("output_norm.weight", weight_use::elementwise, true, n_embd);
+        model.output      = weight("output.weight", weight_use::matmul, false, n_embd, hp.n_vocab);
+        model.output_bias = weight("output.bias", weight_use::elementwise, false, hp.n_vocab);
+        model.rope_freqs  = weight("rope_freqs.weight", weight_use::elementwise, false, hp.n_rot / 2);
+        if (status == QCACHE_STATUS_SUCCESS && model.output == nullptr) {
+            model.output = weight("token_embd.weight", weight_use::matmul, true, n_embd, hp.n_vocab);
+            if (model.output != nullptr) {
+                model.n_params -= ggml_nelements(model.output);
+            }
+        }
+        model.layers.resize(hp.n_layer);
+        for (int32_t il = 0; il < hp.n_layer; il++) {
+            auto &     layer    = model.layers[il];
+            const bool needs_qk = hp.lazy_mode != QCACHE_LAZY_MODE_GLOBAL || hp.lazy_leader[il] == il;
+
+            layer.attn_norm = weight(blk(il, "attn_norm.weight"), weight_use::elementwise, true, n_embd);
+            layer.wq        = weight(blk(il, "attn_q.weight"), weight_use::matmul, needs_qk, n_embd, n_q);
+            layer.wk        = weight(blk(il, "attn_k.weight"), weight_use::matmul, needs_qk, n_embd, n_kv);
+            layer.wv        = weight(blk(il, "attn_v.weight"), weight_use::matmul, true, n_embd, n_kv);
+            layer.wo        = weight(blk(il, "attn_output.weight"), weight_use::matmul, true, n_q, n_embd);
+            layer.bq        = weight(blk(il, "attn_q.bias"), weight_use::elementwise, false, n_q);
+            layer.bk        = weight(blk(il, "attn_k.bias"), weight_use::elementwise, false, n_kv);
+            layer.bv        = weight(blk(il, "attn_v.bias"), weight_use::elementwise, false, n_kv);
+            layer.bo        = weight(blk(il, "attn_output.bias"), weight_use::elementwise, false, n_embd);
+            layer.vis_bias  = weight(blk(il, "attn_vis_bias.weight"), weight_use::elementwise, false, hp.n_head);
+            layer.ffn_norm  = weight(blk(il, "ffn_norm.weight"), weight_use::elementwise, true, n_embd);
+            layer.ffn_gate  = weight(blk(il, "ffn_gate.weight"), weight_use::matmul, true, n_embd, hp.n_ff);
+            layer.ffn_up    = weight(blk(il, "ffn_up.weight"), weight_use::matmul, true, n_embd, hp.n_ff);
+            layer.ffn_down  = weight(blk(il, "ffn_down.weight"), weight_use::matmul, true, hp.n_ff, n_embd);
+        }
+        for (int64_t id = 0; id < gguf_get_n_tensors(gguf) && status == QCACHE_STATUS_SUCCESS; id++) {
+            if (!seen[id]) {
+                // running on without a weight that changes the result would give wrong answers silently
+                status = qcache_fail(QCACHE_STATUS_UNSUPPORTED, "%s: tensor %s is not one that architecture '%s' has", path,
+                                     gguf_get_tensor_name(gguf, id), hp.architecture.c_str());
+            }
+        }
+    }
+
+    enum qcache_status allocate() {
+        for (auto & [buft, ctx] : ctx_of_buft) {
+            ggml_backend_buffer_ptr buffer{ ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft) };
+            if (!buffer) {
+                return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "%s: cannot allocate %zu bytes of %s for weights", path,
+                                   ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, buft), ggml_backend_buft_name(buft));
+            }
+            ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+            const size_t size = ggml_backend_buffer_get_size(buffer.get());
+            model.n_bytes += size;
+            if (buft != ggml_backend_dev_buffer_type(device)) {
+                model.n_bytes_extra += size;
+            }
+            model.buffers.push_back(std::move(buffer));
+        }
+        return QCACHE_STATUS_SUCCESS;
+    }
+
+    enum qcache_status read() {
+        const size_t data_offset = gguf_get_data_offset(gguf);
+        size_t       total       = 0;
+        for (const auto & j : jobs) {
+            total += ggml_nbytes(j.tensor);
+        }
+        size_t               done = 0;
+        std::vector<uint8_t> staging; // for buffers that convert what they are given
+        for (const auto & j : jobs) {
+            const size_t offset = data_offset + gguf_get_tensor_offset(gguf, j.id);
+            const size_t size   = ggml_nbytes(j.tensor);
+            const bool   direct = j.tensor->buffer != nullptr &&
+                                  ggml_backend_buffer_get_type(j.tensor->buffer) == ggml_backend_dev_buffer_type(device);
+            if (!direct) {
+                staging.resize(size);
+            }
+            void * target = direct ? j.tensor->data : staging.data();
+            if (fseeko(file, (off_t) offset, SEEK_SET) != 0 || fread(target, 1, size, file) != size) {
+                return qcache_fail(QCACHE_STATUS_FILE, "%s: cannot read %zu bytes of tensor %s at offset %zu", path, size,
+                                   j.tensor->name, offset);
+            }
+            if (!direct) {
+                ggml_backend_tensor_set(j.tensor, staging.data(), 0, size);
+            }
+            done += size;
+            if (params.progress && !params.progress((float) ((double) done / (double) total), params.progress_user_data)) {
+                return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "%s: cancelled", path);
+            }
+        }
+        return QCACHE_STATUS_SUCCESS;
+    }
+};
+
+enum qcache_status check_file_size(const char * path, FILE * file, const gguf_context * gguf) {
+    fseeko(file, 0, SEEK_END);
+    const size_t size  = (size_t) ftello(file);
+    const size_t start = gguf_get_data_offset(gguf);
+    for (int64_t id = 0; id < gguf_get_n_tensors(gguf); id++) {
+        const size_t end = start + gguf_get_tensor_offset(gguf, id) + gguf_get_tensor_size(gguf, id);
+        if (end > size) {
+            return qcache_fail(QCACHE_STATUS_INVALID_MODEL, "%s is truncated: tensor %s ends at byte %zu, the file at %zu", path,
+                               gguf_get_tensor_name(gguf, id), end, size);
+        }
+    }
+    return QCACHE_STATUS_SUCCESS;
+}
+
+enum qcache_status load(const char * path, struct qcache_model_params params, qcache_model & model) {
+    file_ptr file{ fopen(path, "rb") };
+    if (!file) {
+        return qcache_fail(QCACHE_STATUS_FILE, "%s: %s", path, strerror(errno));
+    }
+    char magic[4] = { 0 };
+    if (fread(magic, 1, sizeof(magic), file.get()) != sizeof(magic) || memcmp(magic, "GGUF", 4) != 0) {
+        return qcache_fail(QCACHE_STATUS_INVALID_MODEL, "%s is not a GGUF file: it starts with bytes %02x %02x %02x %02x", path,
+                           (unsigned char) magic[0], (unsigned char) magic[1], (unsigned char) magic[2], (unsigned char) magic[3]);
+    }
+    ggml_context *   meta = nullptr;
+    gguf_context_ptr gguf{ gguf_init_from_file(path, { true, &meta }) };
+    ggml_context_ptr meta_owner{ meta };
+    if (!gguf) {
+        return qcache_fail(QCACHE_STATUS_INVALID_MODEL, "%s: the GGUF header is truncated or damaged", path);
+    }
+    enum qcache_status status = qcache_hparams_read(gguf.get(), path, model.hparams);
+    if (status != QCACHE_STATUS_SUCCESS) {
+        return status;
+    }
+    status = check_file_size(path, file.get(), gguf.get());
+    if (status != QCACHE_STATUS_SUCCESS) {
+        return status;
+    }
+    const ggml_tensor * embd = ggml_get_tensor(meta, "token_embd.weight");
+    if (embd == nullptr) {
+        return qcache_fail(QCACHE_STATUS_INVALID_MODEL, "%s: tensor token_embd.weight is missing", path);
+    }
+    model.hparams.n_vocab = (int32_t) embd->ne[1];
+
+    ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    if (device == nullptr) {
+        return qcache_fail(QCACHE_STATUS_INTERNAL, "ggml has no CPU device");
+    }
+    loader l{ path, gguf.get(), meta, file.get(), model, params, device, {}, {}, {}, {} };
+    l.seen.resize(gguf_get_n_tensors(gguf.get()));
+
+    const auto get_extra_bufts = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
+        ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts");
+    if (get_extra_bufts != nullptr) {
+        for (ggml_backend_buffer_type_t * buft = get_extra_bufts(device); buft != nullptr && *buft != nullptr; buft++) {
+            l.extra_bufts.push_back(*buft);
+        }
+    }
+    l.plan();
+    if (l.status != QCACHE_STATUS_SUCCESS) {
+        return l.status;
+    }
+    status = l.allocate();
+    return status == QCACHE_STATUS_SUCCESS ? l.read() : status;
+}
+
+} // namespace
+
+struct qcache_model_params qcache_model_default_params(void) {
+    return { true, nullptr, nullptr };
+}
+
+enum qcache_status qcache_model_init(const char * path, struct qcache_model_params params, qcache_model_t ** model) {
+    if (model == nullptr || path == nullptr) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "path and model must not be NULL");
+    }
+    *model = nullptr;
+    enum qcache_status status = qcache_check_ggml_version(ggml_version());
+    if (status != QCACHE_STATUS_SUCCESS) {
+        return status;
+    }
+    try {
+        auto loaded = std::make_unique<qcache_model>();
+        status      = load(path, params, *loaded);
+        if (status == QCACHE_STATUS_SUCCESS) {
+            *model = loaded.release();
+        }
+        return status;
+    } catch (const std::bad_alloc &) {
+        return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "%s: out of memory", path);
+    } catch (const std::exception & e) {
+        return qcache_fail(QCACHE_STATUS_INTERNAL, "%s: %s", path, e.what());
+    }
+}
+
+void qcache_model_free(qcache_model_t * model) {
+    delete model;
+}
+
+struct qcache_model_info qcache_model_get_info(const qcache_model_t * model) {
+    const auto & hp = model->hparams;
+
+    struct qcache_model_info info;
+    info.architecture  = hp.architecture.c_str();
+    info.n_layer       = hp.n_layer;
+    info.n_embd        = hp.n_embd;
+    info.n_head        = hp.n_head;
+    info.n_head_kv     = hp.n_head_kv;
+    info.head_dim      = hp.head_dim;
+    info.n_vocab       = hp.n_vocab;
+    info.n_ctx_train   = hp.n_ctx_train;
+    info.n_params      = model->n_params;
+    info.n_bytes       = model->n_bytes;
+    info.n_bytes_extra = model->n_bytes_extra;
+    info.lazy_mode     = hp.lazy_mode;
+    info.lazy_leader   = hp.lazy_leader.data();
+    return info;
+}
