@@ -95,13 +95,31 @@ struct qcache_kv_usage qcache_cache::usage(int32_t n_lazy_layers) const {
 }
 
 //
-// state: magic, fingerprint, blocks (modality), sequences (block list), then the bytes of every block
+// state: magic, fingerprint, blocks (modality), sequences (block list), then the bytes of every block, then a checksum of
+// all that: a flipped bit in K or V, or in a token count, would load and give wrong text
 //
 
 static const uint32_t STATE_MAGIC   = 0x53514751; // "QGQS"
 static const uint32_t STATE_VERSION = 1;
 
-bool qcache_cache::write_state(const sink & out) const {
+// FNV-1a over 32-bit words, which everything in a state is made of
+static uint64_t state_checksum(uint64_t sum, const void * data, size_t size) {
+    for (size_t i = 0; i + sizeof(uint32_t) <= size; i += sizeof(uint32_t)) {
+        uint32_t word;
+        memcpy(&word, (const uint8_t *) data + i, sizeof(word));
+        sum = (sum ^ word) * 0x100000001b3;
+    }
+    return sum;
+}
+
+static const uint64_t STATE_CHECKSUM_START = 0xcbf29ce484222325;
+
+bool qcache_cache::write_state(const sink & unchecked_out) const {
+    uint64_t   sum = STATE_CHECKSUM_START;
+    const auto out = [&](const void * data, size_t size) {
+        sum = state_checksum(sum, data, size);
+        return unchecked_out(data, size);
+    };
     const auto put = [&](int32_t value) { return out(&value, sizeof(value)); };
 
     // block ids are renumbered without the free ones
@@ -129,7 +147,7 @@ bool qcache_cache::write_state(const sink & out) const {
     for (const int32_t id : ids) {
         ok = ok && out(ggml_backend_buffer_get_base(memory[id].get()), lay.block_bytes[mgr.modality(id)]);
     }
-    return ok;
+    return ok && unchecked_out(&sum, sizeof(sum));
 }
 
 enum qcache_status qcache_cache::read_state(const uint8_t * data, size_t size, int32_t n_ctx) {
@@ -152,6 +170,16 @@ enum qcache_status qcache_cache::read_state(const uint8_t * data, size_t size, i
     if (!get(version) || version != (int32_t) STATE_VERSION) {
         return damaged("unknown version", version);
     }
+    uint64_t sum = 0;
+    if (size < pos + sizeof(sum) || size % sizeof(uint32_t) != 0) {
+        return damaged("it ends early, after bytes", (long long) size);
+    }
+    size -= sizeof(sum);
+    memcpy(&sum, data + size, sizeof(sum));
+    if (const uint64_t actual = state_checksum(STATE_CHECKSUM_START, data, size); actual != sum) {
+        return qcache_fail(QCACHE_STATUS_INVALID_STATE, "the saved state of %zu bytes is damaged: its checksum is %016llx, expected %016llx",
+                           size + sizeof(sum), (unsigned long long) actual, (unsigned long long) sum);
+    }
     if (!get(n_fingerprint)) {
         return damaged("it ends early, fingerprint", n_fingerprint);
     }
@@ -173,8 +201,8 @@ enum qcache_status qcache_cache::read_state(const uint8_t * data, size_t size, i
         }
     }
     int32_t n_seqs = 0, n_blocks = 0;
-    if (!get(n_seqs) || !get(n_blocks) || n_seqs < 0 || n_blocks < 0 || (size_t) n_blocks > size) {
-        return damaged("number of blocks", n_blocks);
+    if (!get(n_seqs) || !get(n_blocks) || n_seqs < 0 || n_blocks < 0 || (size_t) n_seqs > size || (size_t) n_blocks > size) {
+        return damaged("number of sequences or blocks", n_seqs < 0 || (size_t) n_seqs > size ? n_seqs : n_blocks);
     }
     std::vector<int8_t> modality(n_blocks);
     int32_t             counts[2] = { 0, 0 };

@@ -26,8 +26,9 @@ struct reader {
     }
 
     enum qcache_status wrong_type(const char * name, int64_t id, const char * expected) const {
-        return qcache_fail(QCACHE_STATUS_INVALID_MODEL, "%s: key %s is of type %s, expected %s", path, full(name).c_str(),
-                           gguf_type_name(gguf_get_kv_type(gguf, id)), expected);
+        const bool array = gguf_get_kv_type(gguf, id) == GGUF_TYPE_ARRAY;
+        return qcache_fail(QCACHE_STATUS_INVALID_MODEL, "%s: key %s is of type %s%s, expected %s", path, full(name).c_str(),
+                           gguf_type_name(array ? gguf_get_arr_type(gguf, id) : gguf_get_kv_type(gguf, id)), array ? "[]" : "", expected);
     }
 
     // a positive count; `fallback` < 0: the key must be there
@@ -97,6 +98,9 @@ enum qcache_status read_rope(const reader & r, qcache_hparams & hp) {
                            r.full("%s.rope.dimension_count").c_str(), hp.n_rot, hp.head_dim);
     }
     TRY(r.real("%s.rope.freq_base", hp.rope_freq_base, false));
+    if (hp.rope_freq_base == 0.0f) {
+        return qcache_fail(QCACHE_STATUS_INVALID_MODEL, "%s: key %s is 0, which is out of range", r.path, r.full("%s.rope.freq_base").c_str());
+    }
 
     std::string type = "linear";
     float       factor = 0.0f;

@@ -5,8 +5,10 @@
 
 #include "qcache-model.h"
 
+#include <ggml-cpu.h>
 #include <ggml.h>
 
+#include <cerrno>
 #include <cstdio>
 #include <cstring>
 #include <map>
@@ -104,6 +106,12 @@ struct loader {
         if (use == weight_use::elementwise && shape->type != GGML_TYPE_F32) {
             status = qcache_fail(QCACHE_STATUS_INVALID_MODEL, "%s: tensor %s is of type %s, expected f32", path, name.c_str(),
                                  ggml_type_name(shape->type));
+            return nullptr;
+        }
+        if (use != weight_use::elementwise && ggml_get_type_traits_cpu(shape->type)->vec_dot == nullptr) {
+            // ggml aborts the process on these, integers and formats of activations, once they are computed with
+            status = qcache_fail(QCACHE_STATUS_INVALID_MODEL, "%s: tensor %s is of type %s, which a matrix of weights cannot have", path,
+                                 name.c_str(), ggml_type_name(shape->type));
             return nullptr;
         }
         ggml_tensor * tensor = ggml_dup_tensor(ctx_for(buft_for(use, shape)), shape);
@@ -232,8 +240,12 @@ enum qcache_status load(const char * path, struct qcache_model_params params, qc
     if (!file) {
         return qcache_fail(QCACHE_STATUS_FILE, "%s: %s", path, strerror(errno));
     }
-    char magic[4] = { 0 };
-    if (fread(magic, 1, sizeof(magic), file.get()) != sizeof(magic) || memcmp(magic, "GGUF", 4) != 0) {
+    char         magic[4] = { 0 };
+    const size_t n_magic  = fread(magic, 1, sizeof(magic), file.get());
+    if (ferror(file.get())) {
+        return qcache_fail(QCACHE_STATUS_FILE, "%s: %s", path, strerror(errno)); // a directory, for one
+    }
+    if (n_magic != sizeof(magic) || memcmp(magic, "GGUF", 4) != 0) {
         return qcache_fail(QCACHE_STATUS_INVALID_MODEL, "%s is not a GGUF file: it starts with bytes %02x %02x %02x %02x", path,
                            (unsigned char) magic[0], (unsigned char) magic[1], (unsigned char) magic[2], (unsigned char) magic[3]);
     }

@@ -238,6 +238,23 @@ QCACHE_API enum qcache_status qcache_state_set(qcache_context_t * ctx, const uin
 QCACHE_API enum qcache_status qcache_state_save_file(const qcache_context_t * ctx, const char * path);
 QCACHE_API enum qcache_status qcache_state_load_file(qcache_context_t * ctx, const char * path);
 
+//
+// vision: libmtmd encodes the images
+//
+
+struct ggml_tensor;
+
+struct qcache_mtmd_state {
+    bool    class_token_last;
+    int32_t n_corrected; // inputs written so far
+};
+
+// An evaluation callback for libmtmd (mtmd_context_params.cb_eval, with a zeroed qcache_mtmd_state as its user data):
+// the llava graph of llama.cpp 0.5.0 puts CLIP's class token after the patches but feeds position and patch indices
+// of the order with the class token first (ggml-org/llama.cpp#25814), so that every patch gets its neighbour's
+// position. This writes the right indices into such a graph before it is computed, and leaves every other alone.
+QCACHE_API bool qcache_mtmd_eval_callback(struct ggml_tensor * node, bool ask, void * state);
+
 #ifdef __cplusplus
 }
 #endif

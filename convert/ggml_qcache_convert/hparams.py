@@ -1,0 +1,376 @@
+"""Hyper-parameters of a Hugging Face LLaVA: config.json, transformers' defaults filled in, checked.
+
+A saved config leaves out what equals the class's default (llava-1.5-7b's text_config names neither hidden size nor
+layers), so the defaults of transformers' configuration classes are repeated here; tests/test_convert_hparams.py compares
+them with the classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ConversionError
+from .jsonfile import read_json
+
+_TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+    },
+    "mistral": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
+    },
+}
+_VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+# what LlavaConfig takes when it has no vision_config at all: CLIP ViT-L/14 at 336 pixels
+_LLAVA_VISION: dict[str, Any] = {
+    **_VISION_DEFAULTS,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+# ggml's gelu is the tanh form; the erf form differs by less than f16 rounds
+_GELU_TANH = ("gelu", "gelu_new", "gelu_pytorch_tanh")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Scaling of the rotary embedding: ``linear`` by a factor, or ``llama3`` by wavelength."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    original_context: int = 0
+
+
+@dataclass(frozen=True)
+class TextParams:
+    """The language model. ``arch`` is the GGUF architecture; Mistral without a sliding window is a ``llama``."""
+
+    arch: str
+    n_vocab: int
+    n_ctx: int
+    n_embd: int
+    n_ff: int
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    rms_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    tied: bool
+
+
+@dataclass(frozen=True)
+class VisionParams:
+    """The CLIP tower and what the projector takes from it.
+
+    ``feature_layers`` index the tower's hidden states: 0 is the input of the first layer, ``n_layer`` the output of the
+    last.
+    """
+
+    n_embd: int
+    n_ff: int
+    n_layer: int
+    n_head: int
+    image_size: int
+    patch_size: int
+    act: str
+    norm_eps: float
+    feature_layers: tuple[int, ...]
+    projector_bias: bool
+
+
+@dataclass(frozen=True)
+class LlavaParams:
+    """Everything config.json says, and remarks for the user about what it implies."""
+
+    text: TextParams
+    vision: VisionParams
+    token_ids: dict[str, int]
+    warnings: tuple[str, ...]
+
+
+class _Section:
+    """One object of config.json, read key by key with its defaults; errors name file, key and value."""
+
+    def __init__(self, where: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        self.where = where
+        self.values = values
+        self.defaults = defaults
+
+    def get(self, key: str) -> Any:
+        value = self.values.get(key)
+        return self.defaults.get(key) if value is None else value
+
+    def integer(self, key: str) -> int:
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+            raise ConversionError(f"{self.where}{key} must be a positive integer, got {value!r}")
+        return value
+
+    def number(self, key: str) -> float:
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise ConversionError(f"{self.where}{key} must be a positive number, got {value!r}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise ConversionError(f"{self.where}{key} must be true or false, got {value!r}")
+        return value
+
+    def section(self, key: str) -> "_Section":
+        value = self.values.get(key) or {}
+        if not isinstance(value, Mapping):
+            raise ConversionError(f"{self.where}{key} must be an object, got {value!r}")
+        return _Section(f"{self.where}{key}.", value, {})
+
+    def refuse(self, key: str, value: Any, supported: str) -> ConversionError:
+        return ConversionError(f"{self.where}{key} {value!r} isn't supported; supported: {supported}")
+
+
+def read_hparams(directory: Path) -> LlavaParams:
+    """Reads and checks ``config.json``.
+
+    Args:
+        directory: The checkpoint directory.
+
+    Returns:
+        The hyper-parameters, complete and consistent.
+
+    Raises:
+        ConversionError: A model, a tower, a projector or a feature this converter doesn't support, each by name; a value
+            that is missing, of the wrong type or contradicts another.
+    """
+    path = directory / "config.json"
+    root = _Section(f"{path}: ", read_json(path), {})
+    architectures = root.get("architectures") or []
+    if architectures != ["LlavaForConditionalGeneration"] and (architectures or root.get("model_type") != "llava"):
+        named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures
+        raise ConversionError(
+            f"{path}: architecture {named or root.get('model_type')!r} isn't supported; "
+            "supported: LlavaForConditionalGeneration"
+        )
+    for section in (root, root.section("text_config")):
+        if section.get("quantization_config"):
+            method = section.section("quantization_config").get("quant_method")
+            raise ConversionError(
+                f"{section.where}quantization_config: weights quantised by {method!r} aren't supported; "
+                "convert the unquantised checkpoint"
+            )
+    warnings: list[str] = []
+    text = _text_params(root, warnings)
+    return LlavaParams(text, _vision_params(root), _token_ids(root), tuple(warnings))
+
+
+def _token_ids(root: _Section) -> dict[str, int]:
+    """Token ids config.json names, for tokenizers that name none."""
+    text = root.section("text_config")
+    ids: dict[str, int] = {}
+    for kind in ("bos", "eos", "pad", "unk"):
+        key = f"{kind}_token_id"
+        value = text.get(key) if text.get(key) is not None else root.get(key)
+        if isinstance(value, list):
+            value = value[0] if value else None
+        if isinstance(value, int) and value >= 0:
+            ids[kind] = value
+    return ids
+
+
+def _text_params(root: _Section, warnings: list[str]) -> TextParams:
+    section = root.section("text_config")
+    kind = section.get("model_type") or "llama"
+    if kind not in _TEXT_DEFAULTS:
+        raise section.refuse("model_type", kind, ", ".join(_TEXT_DEFAULTS))
+    text = _Section(section.where, section.values, _TEXT_DEFAULTS[kind])
+    if (act := text.get("hidden_act") or "silu") != "silu":
+        raise text.refuse("hidden_act", act, "silu")
+    if (partial := text.get("partial_rotary_factor")) not in (None, 1, 1.0):
+        raise text.refuse("partial_rotary_factor", partial, "1")
+    n_embd, n_head = text.integer("hidden_size"), text.integer("num_attention_heads")
+    n_head_kv = n_head if text.get("num_key_value_heads") is None else text.integer("num_key_value_heads")
+    head_dim = n_embd // n_head if text.get("head_dim") is None else text.integer("head_dim")
+    if text.get("head_dim") is None and n_embd % n_head:
+        raise ConversionError(f"{text.where}hidden_size {n_embd} isn't a multiple of num_attention_heads {n_head}")
+    if n_head % n_head_kv:
+        raise ConversionError(
+            f"{text.where}num_attention_heads {n_head} isn't a multiple of num_key_value_heads {n_head_kv}"
+        )
+    if head_dim % 2:
+        raise ConversionError(f"{text.where}head_dim {head_dim} is odd, rotary embedding needs pairs")
+    if kind == "qwen2" and head_dim * n_head != n_embd:
+        raise ConversionError(
+            f"{text.where}qwen2 needs head_dim * num_attention_heads = hidden_size, got {head_dim} * {n_head} "
+            f"and {n_embd}"
+        )
+    theta, scaling = _rope(text, kind)
+    attention_bias = kind == "llama" and text.flag("attention_bias", False)
+    return TextParams(
+        arch="qwen2" if kind == "qwen2" else "llama",
+        n_vocab=text.integer("vocab_size"),
+        n_ctx=_context(text, kind, warnings),
+        n_embd=n_embd,
+        n_ff=text.integer("intermediate_size"),
+        n_layer=text.integer("num_hidden_layers"),
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        head_dim=head_dim,
+        rms_eps=text.number("rms_norm_eps"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        qkv_bias=attention_bias or kind == "qwen2",
+        o_bias=attention_bias,
+        mlp_bias=kind == "llama" and text.flag("mlp_bias", False),
+        # transformers 4 ties by the text config, 5 by the outer one
+        tied=text.flag("tie_word_embeddings", False) or root.flag("tie_word_embeddings", False),
+    )
+
+
+def _context(text: _Section, kind: str, warnings: list[str]) -> int:
+    """Context length; a sliding window bounds it, for up to there full attention gives the same result."""
+    n_ctx = text.integer("max_position_embeddings")
+    explicit_none = kind == "mistral" and "sliding_window" in text.values and text.values["sliding_window"] is None
+    windowed = (kind == "mistral" and not explicit_none) or (kind == "qwen2" and text.flag("use_sliding_window", False))
+    if windowed and text.integer("sliding_window") < n_ctx:
+        window = text.integer("sliding_window")
+        warnings.append(
+            f"the model attends over a sliding window of {window} tokens, which isn't supported; "
+            f"the context length is written as {window} instead of {n_ctx}, where it makes no difference"
+        )
+        return window
+    return n_ctx
+
+
+def _rope(text: _Section, kind: str) -> tuple[float, RopeScaling | None]:
+    """Rotary base and scaling, from transformers 5's rope_parameters or the older rope_theta and rope_scaling."""
+    parameters = text.section("rope_parameters")
+    legacy = text.section("rope_scaling")
+    section = parameters if parameters.values else legacy
+    theta_owner = next((s for s in (parameters, text, legacy) if s.get("rope_theta") is not None), None)
+    theta = 10000.0 if theta_owner is None else theta_owner.number("rope_theta")
+    scaling = section.get("rope_type") or section.get("type") or "default"
+    if scaling == "default":
+        return theta, None
+    if scaling == "linear":
+        return theta, RopeScaling("linear", section.number("factor"))
+    if scaling == "llama3" and kind != "qwen2":
+        result = RopeScaling(
+            "llama3",
+            section.number("factor"),
+            section.number("low_freq_factor"),
+            section.number("high_freq_factor"),
+            section.integer("original_max_position_embeddings"),
+        )
+        if result.low_freq_factor >= result.high_freq_factor:
+            raise ConversionError(
+                f"{section.where}low_freq_factor {result.low_freq_factor} must be below high_freq_factor "
+                f"{result.high_freq_factor}"
+            )
+        return theta, result
+    raise section.refuse("rope_type", scaling, "default, linear" + ("" if kind == "qwen2" else ", llama3"))
+
+
+def _vision_params(root: _Section) -> VisionParams:
+    section = root.section("vision_config")
+    kind = section.get("model_type") or "clip_vision_model"
+    if kind != "clip_vision_model":
+        raise section.refuse("model_type", kind, "clip_vision_model")
+    vision = _Section(section.where, section.values, _VISION_DEFAULTS if section.values else _LLAVA_VISION)
+    act = vision.get("hidden_act")
+    if act not in ("quick_gelu", "silu", *_GELU_TANH):
+        raise vision.refuse("hidden_act", act, ", ".join(("quick_gelu", "silu", *_GELU_TANH)))
+    if (channels := vision.integer("num_channels")) != 3:
+        raise vision.refuse("num_channels", channels, "3")
+    n_embd, n_head, n_layer = (
+        vision.integer(f"{key}") for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    )
+    if n_embd % n_head:
+        raise ConversionError(f"{vision.where}hidden_size {n_embd} isn't a multiple of num_attention_heads {n_head}")
+    image_size, patch_size = vision.integer("image_size"), vision.integer("patch_size")
+    if patch_size > image_size:
+        raise ConversionError(f"{vision.where}patch_size {patch_size} is larger than image_size {image_size}")
+    if (projector := root.get("projector_hidden_act") or "gelu") not in _GELU_TANH:
+        raise root.refuse("projector_hidden_act", projector, ", ".join(_GELU_TANH))
+    if (strategy := root.get("vision_feature_select_strategy") or "default") != "default":
+        raise root.refuse(
+            "vision_feature_select_strategy", strategy, "default (llama.cpp always drops the class token)"
+        )
+    return VisionParams(
+        n_embd,
+        vision.integer("intermediate_size"),
+        n_layer,
+        n_head,
+        image_size,
+        patch_size,
+        act,
+        vision.number("layer_norm_eps"),
+        _feature_layers(root, n_layer),
+        root.flag("multimodal_projector_bias", True),
+    )
+
+
+def _feature_layers(root: _Section, n_layer: int) -> tuple[int, ...]:
+    """Hidden states the projector reads, counted from 0."""
+    value = root.get("vision_feature_layer")
+    chosen = [-2] if value is None else value if isinstance(value, list) else [value]
+    layers: list[int] = []
+    for layer in chosen:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not -n_layer - 1 <= layer <= n_layer:
+            raise ConversionError(
+                f"{root.where}vision_feature_layer {value!r}: {layer!r} isn't one of the {n_layer + 1} hidden states"
+            )
+        layers.append(layer if layer >= 0 else n_layer + 1 + layer)
+    if not layers or any(b <= a for a, b in zip(layers, layers[1:])):
+        raise root.refuse(
+            "vision_feature_layer",
+            value,
+            "one layer, or several from shallow to deep, the order in which llama.cpp joins them",
+        )
+    return tuple(layers)

@@ -1,0 +1,67 @@
+"""Writes the C source of the extension module ``ggml_qcache._native`` (cffi, API mode).
+
+CMake runs it at build time. Every declaration comes from ``qcache.h`` itself, so the module can't disagree with the
+header; what cffi gets wrong about a layout or a signature fails when the C compiler sees both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import cffi
+
+MODULE = "ggml_qcache._native"
+
+
+def declarations(header: str) -> str:
+    """Reduces ``qcache.h`` to the plain C declarations that cffi reads.
+
+    Args:
+        header: Text of the header.
+
+    Returns:
+        The header as a C compiler off Windows would see it: comments, directives and ``QCACHE_API`` gone.
+
+    Raises:
+        ValueError: A directive that the header isn't known to use.
+    """
+    header = re.sub(r"/\*.*?\*/|//[^\n]*", "", header, flags=re.S).replace("\\\n", " ")
+    active = [True]  # one entry per open conditional; no macro is defined
+    lines = []
+    for line in header.splitlines():
+        match = re.match(r"\s*#\s*(\w+)", line)
+        directive = match[1] if match else None
+        if directive == "ifdef":
+            active.append(False)
+        elif directive == "ifndef":
+            active.append(active[-1])
+        elif directive == "else":
+            active[-1] = active[-2] and not active[-1]
+        elif directive == "endif":
+            active.pop()
+        elif directive is None:
+            if active[-1]:
+                lines.append(line)
+        elif directive not in ("include", "define"):
+            raise ValueError(f"unexpected preprocessor directive in the header: {line.strip()!r}")
+    return re.sub(r"\bQCACHE_API\b", "", "\n".join(lines))
+
+
+def main() -> None:
+    """Reads the header and writes the C file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--header", type=Path, required=True, help="qcache.h")
+    parser.add_argument("--out", type=Path, required=True, help="C file to write")
+    args = parser.parse_args()
+
+    ffi = cffi.FFI()
+    ffi.cdef(declarations(args.header.read_text(encoding="utf-8")))
+    ffi.set_source(MODULE, f'#include "{args.header.name}"')
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    ffi.emit_c_code(str(args.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The command ``qcache``: ask a model about images, and look into model files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from . import Llama, QCacheError, __version__
+from .inspection import draw, inspect_file
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments without the program's name; the process's own by default.
+
+    Returns:
+        Exit status: 0 done, 1 failed, 130 interrupted. Wrong usage exits with 2.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (QCacheError, ValueError, OSError) as error:
+        print(f"qcache: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("qcache: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qcache", description="Multimodal models with lazy attention and a Q Cache.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="answer a prompt about images", description="Answer a prompt about images.")
+    run.set_defaults(run=_run)
+    run.add_argument("model", metavar="MODEL", help="text GGUF")
+    run.add_argument("--mmproj", metavar="FILE", help="vision GGUF of the model; needed for images")
+    run.add_argument("--image", metavar="FILE", action="append", default=[], help="path or URL of an image; repeatable")
+    run.add_argument("-p", "--prompt", required=True, help="what to ask")
+    run.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
+    run.add_argument("--temp", type=float, default=0.0, help="temperature, 0: always the likeliest token (default: 0)")
+    run.add_argument("--seed", type=int, help="seed of sampling")
+    run.add_argument("--n-ctx", type=int, default=4096, metavar="N", help="longest prompt and answer (default: 4096)")
+    run.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
+    run.add_argument("--lazy-layers", default="auto", metavar="SPEC", help="auto, none, or e.g. 5-7,9-15 (default: auto)")
+    run.add_argument("--lazy-mode", choices=("visual", "global"), help="which tokens share (default: as the file says)")
+    run.add_argument("--allow-http", action="store_true", help="fetch images from http(s) URLs")
+    run.add_argument("--json", action="store_true", help="print answer and measurements as JSON when done")
+    run.add_argument("--stats", action="store_true", help="print every measurement")
+    run.add_argument("--verbose", action="store_true", help="log what the libraries do")
+
+    look = commands.add_parser(
+        "inspect", help="show what is in a model file", description="Show architecture, sizes and Lazy Blocks of a file."
+    )
+    look.set_defaults(run=_inspect)
+    look.add_argument("file", metavar="FILE", help="text GGUF or mmproj GGUF")
+    look.add_argument("--json", action="store_true", help="print JSON")
+    for command, purpose in ((run, "of the cache"), (look, "to reckon with")):
+        for name in ("k", "v"):
+            command.add_argument(
+                f"--type-{name}", choices=("f16", "q8_0"), default="f16", help=f"type of {name.upper()} {purpose} (default: f16)"
+            )
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    llm = Llama(
+        args.model,
+        mmproj_path=args.mmproj,
+        lazy_layers=args.lazy_layers,
+        lazy_mode=args.lazy_mode,
+        n_ctx=args.n_ctx,
+        n_threads=args.threads,
+        n_threads_batch=args.threads,
+        type_k=args.type_k,
+        type_v=args.type_v,
+        allow_http=args.allow_http,
+        verbose=args.verbose,
+    )
+    content: Any = [{"type": "image_url", "image_url": {"url": image}} for image in args.image]
+    content.append({"type": "text", "text": args.prompt})
+    answer = ""
+    finish_reason = None
+    chunks = llm.create_chat_completion(
+        [{"role": "user", "content": content}],
+        max_tokens=args.max_tokens,
+        temperature=args.temp,
+        seed=args.seed,
+        stream=True,
+    )
+    for chunk in chunks:
+        text = chunk["choices"][0]["delta"].get("content", "")
+        finish_reason = chunk["choices"][0]["finish_reason"]
+        answer += text
+        if not args.json:
+            print(text, end="", flush=True)
+    usage, timings, device = llm.kv_cache_usage(), llm.last_timings, llm.device_report()
+    llm.close()
+    if args.json:
+        result = {"answer": answer, "finish_reason": finish_reason, "kv_cache": usage, "timings": timings, "device": device}
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    print(flush=True)
+    print(_summary(usage, timings), file=sys.stderr)
+    if args.stats:
+        for name, value in (usage | timings | device).items():
+            print(f"  {name}: {value:,}" if isinstance(value, (int, float)) else f"  {name}: {value}", file=sys.stderr)
+
+
+def _summary(usage: dict[str, Any], timings: dict[str, float]) -> str:
+    """KV bytes and speed in one line."""
+
+    def speed(phase: str) -> str:
+        tokens, ms = timings[f"{phase}_tokens"], timings[f"{phase}_ms"]
+        return f"{phase} {1e3 * tokens / ms:.1f} tokens/s" if ms > 0 else f"{phase} none"
+
+    share = usage["bytes"] / usage["bytes_if_full"] if usage["bytes_if_full"] else 1.0
+    return (
+        f"KV cache {usage['bytes']:,} bytes, {share:.1%} of the {usage['bytes_if_full']:,} of a full one; "
+        f"image {timings['image_ms']:.0f} ms, {speed('prefill')}, {speed('decode')}"
+    )
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    facts = inspect_file(args.file, args.type_k, args.type_v)
+    if args.json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        draw(facts, Console())

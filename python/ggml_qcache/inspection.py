@@ -1,0 +1,196 @@
+"""What ``qcache inspect`` tells of a file: facts as a dictionary, and the Lazy Blocks drawn layer by layer."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, LlamaFileType
+from ggml_qcache_convert.lazy_layers import leaders_of
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .errors import ModelError
+from .gguf_file import read_gguf, value
+from .mmproj import mmproj_width, projector
+
+
+def inspect_file(path: str, type_k: str = "f16", type_v: str = "f16") -> dict[str, Any]:
+    """Reads the facts of a GGUF file.
+
+    Args:
+        path: A text model or an mmproj file.
+        type_k: Type of the K cache to reckon with.
+        type_v: Type of the V cache.
+
+    Returns:
+        What ``qcache inspect --json`` prints. Sizes in bytes, counted from 0.
+
+    Raises:
+        FileError, ModelError: Missing or damaged, neither kind of file, or lazy layers that break the rules.
+    """
+    reader = read_gguf(path)
+    facts = {
+        "file": os.fspath(path),
+        "architecture": value(reader, "general.architecture"),
+        "name": value(reader, "general.name"),
+        "n_bytes": os.path.getsize(path),
+        "n_params": sum(int(tensor.n_elements) for tensor in reader.tensors),
+        "weight_types": _weight_types(reader),
+        "file_type": _file_type(reader),
+    }
+    if facts["architecture"] == "clip":
+        return {"kind": "mmproj", **facts, **_mmproj_facts(reader, path)}
+    return {"kind": "model", **facts, **_model_facts(reader, path, facts["architecture"], type_k, type_v)}
+
+
+def draw(facts: dict[str, Any], console: Console) -> None:
+    """Prints the facts for people."""
+    table = Table.grid(padding=(0, 2))
+    for name, fact in facts.items():
+        if isinstance(fact, dict):
+            fact = ", ".join(f"{key} {count}" for key, count in fact.items())
+        if name not in ("lazy", "kv_bytes_per_1000_tokens") and fact is not None:
+            table.add_row(Text(name, style="dim"), Text(_human(name, fact)))
+    console.print(table)
+    if facts["kind"] == "model":
+        console.print()
+        console.print(_layer_table(facts["lazy"]))
+        console.print()
+        console.print(_kv_table(facts["kv_bytes_per_1000_tokens"]))
+
+
+def _model_facts(reader: GGUFReader, path: str, architecture: str, type_k: str, type_v: str) -> dict[str, Any]:
+    def number(key: str, default: int | None = None) -> int:
+        found = value(reader, f"{architecture}.{key}", default)
+        if not isinstance(found, int):
+            raise ModelError(f"{path!r}: the key '{architecture}.{key}' is missing or no number ({found!r})")
+        return found
+
+    n_layer, n_embd, n_head = number("block_count"), number("embedding_length"), number("attention.head_count")
+    n_head_kv = number("attention.head_count_kv", n_head)
+    head_dim = number("attention.key_length", n_embd // n_head)
+    mode = value(reader, "qcache.lazy.mode", "off")
+    leader = value(reader, "qcache.lazy.leader", list(range(n_layer)))
+    lazy_layers = [layer for layer, of in enumerate(leader) if of != layer]
+    try:
+        valid = leader == leaders_of(lazy_layers, n_layer)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ModelError(f"{path!r}: 'qcache.lazy.leader' breaks the rules for {n_layer} layers: {leader}")
+    divergence = value(reader, "qcache.lazy.js_divergence")
+    vocabulary = reader.get_field("tokenizer.ggml.tokens")
+    return {
+        "n_layer": n_layer,
+        "n_embd": n_embd,
+        "n_ff": number("feed_forward_length"),
+        "n_head": n_head,
+        "n_head_kv": n_head_kv,
+        "head_dim": head_dim,
+        "n_vocab": None if vocabulary is None else len(vocabulary.data),
+        "n_ctx_train": number("context_length"),
+        "chat_template": reader.get_field("tokenizer.chat_template") is not None,
+        "lazy": {"mode": mode, "leader": leader, "lazy_layers": lazy_layers, "js_divergence": divergence},
+        "kv_bytes_per_1000_tokens": kv_bytes_per_1000_tokens(
+            n_layer, len(lazy_layers), mode, n_head_kv, head_dim, type_k, type_v
+        ),
+    }
+
+
+def kv_bytes_per_1000_tokens(
+    n_layer: int, n_lazy: int, mode: str, n_head_kv: int, head_dim: int, type_k: str, type_v: str
+) -> dict[str, Any]:
+    """Bytes of K and V of 1000 tokens, whole blocks not counted.
+
+    A full layer holds K and V of every token. A lazy layer holds V of every token, and K of text tokens in visual
+    mode, of none in global mode.
+    """
+    k, v = (1000 * n_head_kv * _row_bytes(name, head_dim) for name in (type_k, type_v))
+    full = n_layer * (k + v)
+    text = full - (n_lazy * k if mode == "global" else 0)
+    visual = full - (n_lazy * k if mode in ("global", "visual") else 0)
+    return {"type_k": type_k, "type_v": type_v, "full": full, "text": text, "visual": visual}
+
+
+def _row_bytes(type_name: str, head_dim: int) -> int:
+    """Bytes of one head's K or V of a token: whole blocks of the type."""
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name.upper()]]
+    return -(-head_dim // block) * size
+
+
+def _mmproj_facts(reader: GGUFReader, path: str) -> dict[str, Any]:
+    facts = {
+        "projector": projector(reader),
+        "n_embd_text": mmproj_width(path),
+        "image_size": value(reader, "clip.vision.image_size"),
+        "patch_size": value(reader, "clip.vision.patch_size"),
+        "n_layer": value(reader, "clip.vision.block_count"),
+        "n_embd": value(reader, "clip.vision.embedding_length"),
+        "n_head": value(reader, "clip.vision.attention.head_count"),
+    }
+    if facts["projector"] == "mlp" and facts["image_size"] and facts["patch_size"]:
+        facts["visual_tokens_per_image"] = (facts["image_size"] // facts["patch_size"]) ** 2
+    return facts
+
+
+def _weight_types(reader: GGUFReader) -> dict[str, int]:
+    """Tensors by type."""
+    counts: dict[str, int] = {}
+    for tensor in reader.tensors:
+        name = GGMLQuantizationType(tensor.tensor_type).name.lower()
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def _file_type(reader: GGUFReader) -> str | None:
+    number = value(reader, "general.file_type")
+    try:
+        return LlamaFileType(number).name.removeprefix("ALL_").removeprefix("MOSTLY_").lower()
+    except ValueError:
+        return None if number is None else str(number)
+
+
+def _human(name: str, fact: Any) -> str:
+    if name == "n_bytes":
+        return f"{fact:,} ({_mib(fact)})"
+    return f"{fact:,}" if isinstance(fact, int) and not isinstance(fact, bool) else str(fact)
+
+
+def _mib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**20:,.2f} MiB"
+
+
+def _layer_table(lazy: dict[str, Any]) -> Table:
+    """One row a layer; a bracket joins a leader with its lazy layers, and the columns show what each keeps."""
+    leader, mode, divergence = lazy["leader"], lazy["mode"], lazy["js_divergence"]
+    title = f"{len(lazy['lazy_layers'])} of {len(leader)} layers lazy" + (f", {mode} mode" if lazy["lazy_layers"] else "")
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("layer", "", "", "text", "visual") + (("JS divergence",) if divergence else ()):
+        table.add_column(column, justify="right" if column in ("layer", "JS divergence") else "left")
+    for layer, of in enumerate(leader):
+        is_lazy = of != layer
+        followed = layer + 1 < len(leader) and leader[layer + 1] not in (layer + 1, None)
+        bracket = ("├" if followed else "└") if is_lazy else ("┌" if followed else " ")
+        role = f"lazy, Q K of {of}" if is_lazy else "leader" if followed else "full"
+        style = "cyan" if is_lazy else "bold" if followed else ""
+        row = [
+            str(layer),
+            bracket,
+            role,
+            "· V" if is_lazy and mode == "global" else "K V",
+            "· V" if is_lazy else "K V",
+        ]
+        table.add_row(*row, *([f"{divergence[layer]:.4f}"] if divergence else []), style=style)
+    return table
+
+
+def _kv_table(kv: dict[str, Any]) -> Table:
+    table = Table(title=f"KV cache of 1000 tokens (K {kv['type_k']}, V {kv['type_v']})", title_justify="left", box=None)
+    for column in ("", "bytes", "", "of full"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in ("full", "text", "visual"):
+        label = "every layer full" if name == "full" else f"{name} tokens, as the file says"
+        table.add_row(label, f"{kv[name]:,}", _mib(kv[name]), f"{kv[name] / kv['full']:.1%}")
+    return table

@@ -1,0 +1,135 @@
+"""The text GGUF in stock llama.cpp: logits and tokenization against Hugging Face."""
+
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from hf_models import AWKWARD, CHAT_TEMPLATE, MINI_LLAVA, build_llava, nmse
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
+
+from ggml_qcache_convert import convert
+
+
+def llama_logits(path: Path, ids: list[int]) -> np.ndarray:
+    """Logits of stock llama.cpp for every position."""
+    llm = llama_cpp.Llama(
+        str(path), n_ctx=64, n_batch=64, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False
+    )
+    llm.eval(ids)
+    logits = np.array(llm.scores[: len(ids)])
+    llm.close()
+    return logits
+
+
+def hf_logits(model: LlavaForConditionalGeneration, ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0].numpy()
+
+
+def llama_tokens(llm: llama_cpp.Llama, text: str) -> list[int]:
+    return llm.tokenize(text.encode(), add_bos=True, special=True)
+
+
+def ids_for(n_vocab: int) -> list[int]:
+    """Token ids over the whole vocabulary, without those past the tokenizer's end."""
+    return np.random.default_rng(7).integers(3, n_vocab - 10, 24).tolist()
+
+
+CASES = {
+    "llama-mha": {"n_head_kv": 4},
+    "llama-gqa": {"n_head_kv": 2},
+    "llama-mqa-head-dim": {"n_head_kv": 1, "head_dim": 32},
+    "llama-bias": {"bias": True},
+    "llama-tied": {"tied": True},
+    "llama-old-names": {"names": "old"},
+    "llama-new-names": {"names": "new"},
+    "llama-sharded": {"sharded": True},
+    "llama-sharded-new-names": {"sharded": True, "names": "new"},
+    "llama-rope-theta": {"rope": {"rope_type": "default", "rope_theta": 500000.0}},
+    "llama-rope-linear": {"rope": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    "llama-rope-llama3": {
+        "rope": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "rope_theta": 10000.0,
+        }
+    },
+    "mistral": {"text": "mistral"},
+    "qwen2": {"text": "qwen2", "tokenizer": "qwen2"},
+    "qwen2-tied-new-names": {"text": "qwen2", "tokenizer": "qwen2", "tied": True, "names": "new"},
+    "llama-bpe": {"tokenizer": "llama-bpe"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_hugging_face(tmp_path: Path, case: str) -> None:
+    model = build_llava(tmp_path / "hf", **CASES[case])
+    result = convert(tmp_path / "hf", tmp_path / "m.gguf", None, "f32")
+    ids = ids_for(model.config.text_config.vocab_size)
+    assert result.warnings == ()
+    assert nmse(llama_logits(tmp_path / "m.gguf", ids), hf_logits(model, ids)) <= 1e-5
+
+
+@pytest.mark.parametrize(("outtype", "limit"), [("f16", 1e-5), ("bf16", 1e-3), ("q8_0", 1e-2), ("q4_0", 3e-1)])
+def test_outtypes(tmp_path: Path, outtype: str, limit: float) -> None:
+    model = build_llava(tmp_path / "hf", dtype=torch.bfloat16)
+    convert(tmp_path / "hf", tmp_path / "m.gguf", None, outtype)
+    ids = ids_for(model.config.text_config.vocab_size)
+    assert nmse(llama_logits(tmp_path / "m.gguf", ids), hf_logits(model, ids)) <= limit
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
+    assert types["blk.1.ffn_down.weight"] == outtype.upper()
+    assert types["token_embd.weight"] == outtype.upper()
+    assert types["output.weight"] == ("Q8_0" if outtype == "q4_0" else outtype.upper())
+    assert types["blk.1.attn_norm.weight"] == types["output_norm.weight"] == "F32"
+
+
+def test_rows_that_are_not_whole_blocks_fall_back_to_f16(tmp_path: Path) -> None:
+    model = build_llava(tmp_path / "hf", n_ff=168)
+    convert(tmp_path / "hf", tmp_path / "m.gguf", None, "q8_0")
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
+    assert types["blk.0.ffn_down.weight"] == "F16" and types["blk.0.ffn_up.weight"] == "Q8_0"
+    ids = ids_for(model.config.text_config.vocab_size)
+    assert nmse(llama_logits(tmp_path / "m.gguf", ids), hf_logits(model, ids)) <= 1e-2
+
+
+@pytest.mark.parametrize("kind", ["spm", "spm-json", "llama-bpe", "qwen2"])
+def test_tokenization_equals_hugging_face(tmp_path: Path, kind: str) -> None:
+    build_llava(tmp_path / "hf", tokenizer=kind, n_layer=1)
+    convert(tmp_path / "hf", tmp_path / "m.gguf", None)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    llm = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    # an NFC normalizer isn't applied by llama.cpp
+    texts = [text for text in AWKWARD if kind != "qwen2" or "\u0301" not in text]
+    assert {text: llama_tokens(llm, text) for text in texts} == {text: tokenizer(text).input_ids for text in texts}
+    assert llm.metadata["tokenizer.chat_template"] == CHAT_TEMPLATE
+    assert llm.token_eos() == tokenizer.eos_token_id
+    llm.close()
+
+
+def test_metaspace_tokenizer_differs_only_where_it_warns(tmp_path: Path) -> None:
+    build_llava(tmp_path / "hf", tokenizer="spm-metaspace", n_layer=1)
+    result = convert(tmp_path / "hf", tmp_path / "m.gguf", None)
+    assert len(result.warnings) == 1 and "leading space" in result.warnings[0]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    llm = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    differing = {text for text in AWKWARD if llama_tokens(llm, text) != tokenizer(text).input_ids}
+    assert all(text.startswith((" ", "▁")) or "<image>" in text or "<s>" in text for text in differing), differing
+    llm.close()
+
+
+def test_mini_llava(tmp_path: Path) -> None:
+    model = LlavaForConditionalGeneration.from_pretrained(MINI_LLAVA, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MINI_LLAVA)
+    convert(MINI_LLAVA, tmp_path / "m.gguf", None, "f32")
+    ids = tokenizer("How many red squares are there?").input_ids
+    assert nmse(llama_logits(tmp_path / "m.gguf", ids), hf_logits(model, ids)) <= 1e-5
+    llm = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    differing = [text for text in AWKWARD if llama_tokens(llm, text) != tokenizer(text).input_ids]
+    llm.close()
+    assert not differing
