@@ -64,6 +64,8 @@ class HarnessError(Exception):
 def load_library() -> ctypes.CDLL:
     build = Path(os.environ.get("QCACHE_TEST_BUILD", Path(__file__).parents[1] / "build"))
     found = [p for p in build.rglob("*qcache-op-harness*") if p.suffix in (".so", ".dylib", ".dll")]
+    if "QCACHE_TEST_BUILD" not in os.environ:
+        found = [p for p in found if "asan" not in p.parts]  # python would have to preload the sanitizer
     if not found:
         raise FileNotFoundError(
             f"no qcache-op-harness library under {build}: build it with `make native-tests`, or set QCACHE_TEST_BUILD "
