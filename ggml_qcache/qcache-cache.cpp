@@ -114,6 +114,14 @@ static uint64_t state_checksum(uint64_t sum, const void * data, size_t size) {
 
 static const uint64_t STATE_CHECKSUM_START = 0xcbf29ce484222325;
 
+size_t qcache_cache::state_size() const {
+    size_t n_values = 3 + fingerprint.size() + 2 + mgr.n_blocks(0) + mgr.n_blocks(1);
+    for (int32_t s = 0; s < mgr.n_seqs(); s++) {
+        n_values += 1 + 2 * mgr.seq(s).size();
+    }
+    return n_values * sizeof(int32_t) + mgr.bytes() + sizeof(uint64_t);
+}
+
 bool qcache_cache::write_state(const sink & unchecked_out) const {
     uint64_t   sum = STATE_CHECKSUM_START;
     const auto out = [&](const void * data, size_t size) {

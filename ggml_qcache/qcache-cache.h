@@ -44,8 +44,9 @@ class qcache_cache {
 
     struct qcache_kv_usage usage(int32_t n_lazy_layers) const;
 
-    // state as a stream of bytes, so that size, memory and file share one walk
+    // state as a stream of bytes, so that memory and file share one walk
     using sink = std::function<bool(const void * data, size_t size)>;
+    size_t             state_size() const;
     bool               write_state(const sink & out) const;
     enum qcache_status read_state(const uint8_t * data, size_t size, int32_t n_ctx);
 

@@ -477,8 +477,10 @@ const char * qcache_attn_name(const qcache_context_t * ctx) {
 }
 
 void qcache_set_n_threads(qcache_context_t * ctx, int32_t n_threads, int32_t n_threads_batch) {
-    ctx->params.n_threads       = std::clamp(n_threads, 1, 512);
-    ctx->params.n_threads_batch = std::clamp(n_threads_batch, 1, 512);
+    const int32_t n_cores = std::max(1, (int32_t) std::thread::hardware_concurrency());
+
+    ctx->params.n_threads       = n_threads < 1 ? n_cores : std::min(n_threads, 512);
+    ctx->params.n_threads_batch = n_threads_batch < 1 ? n_cores : std::min(n_threads_batch, 512);
 }
 
 //
@@ -543,12 +545,7 @@ struct qcache_kv_usage qcache_get_kv_usage(const qcache_context_t * ctx) {
 //
 
 size_t qcache_state_size(const qcache_context_t * ctx) {
-    size_t size = 0;
-    ctx->cache.write_state([&](const void *, size_t n) {
-        size += n;
-        return true;
-    });
-    return size;
+    return ctx->cache.state_size();
 }
 
 enum qcache_status qcache_state_get(const qcache_context_t * ctx, uint8_t * data, size_t size) {

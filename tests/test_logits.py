@@ -249,9 +249,17 @@ def test_block_sizes(portions, block_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("attn_impl", ["auto", "scalar", "composed"])
-def test_threads_change_nothing(portions, attn_impl: str) -> None:
-    make, prompt, _ = portions
-    one, two, three = (decode_in_parts(make(n_threads=n, n_threads_batch=n, attn_impl=attn_impl), prompt, [70, 1]) for n in (1, 2, 3))
+def test_threads_change_nothing(core_models: CoreModels, attn_impl: str) -> None:
+    native = core_models["llama-gqa-32"].native
+    prompt = make_prompt(native, TWO_IMAGES)
+
+    def logits(first: int, then: int) -> np.ndarray:
+        context = make_context(native, lazy_mode="visual", lazy_leader=SEVERAL, attn_impl=attn_impl, n_threads=first, n_threads_batch=first)
+        start = decode(context, prompt[:70])
+        context.set_n_threads(then, then)
+        return np.concatenate([start, decode(context, prompt[70:71]), decode(context, prompt[71:])])
+
+    one, two, three = logits(1, 1), logits(2, 3), logits(3, 2)
     assert np.array_equal(one, two) and np.array_equal(one, three)
 
 

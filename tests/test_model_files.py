@@ -286,7 +286,8 @@ def test_tensor_of_wrong_shape_or_type(good: Path, tmp_path: Path, name: str, ar
     refuses(rewrite_gguf(good, tmp_path / "m.gguf", tensors={name: array}), ModelError, f"tensor {name} {text}")
 
 
-@pytest.mark.parametrize("name", ["something", "blk.6.attn_q.weight", "blk.0.attn_q_norm.weight", "blk.00.attn_norm.weight", "v.blk.0.attn_q.weight"])
+@pytest.mark.parametrize("name", ["something", "blk.6.attn_q.weight", "blk.0.attn_q_norm.weight", "blk.00.attn_norm.weight",
+                                  "v.blk.0.attn_q.weight"])  # fmt: skip
 def test_tensor_that_the_architecture_does_not_have(good: Path, tmp_path: Path, name: str) -> None:
     path = rewrite_gguf(good, tmp_path / "m.gguf", tensors={name: np.zeros(16, np.float32)})
     refuses(path, UnsupportedError, f"tensor {name} is not one that architecture 'llama' has")

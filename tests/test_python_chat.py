@@ -9,7 +9,6 @@ import llama_cpp
 import numpy as np
 import pytest
 from core_helpers import rewrite_gguf
-from gguf import GGUFValueType
 from llama_cpp import mtmd_cpp
 from llama_cpp.llama_chat_format import MTMDChatHandler
 from tiny_llava import N_HEAD_KV, N_LAYER, N_LAZY, N_VISUAL, ask, complete, load, picture, tiny_llava, user

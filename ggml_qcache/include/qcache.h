@@ -184,6 +184,7 @@ QCACHE_API enum qcache_lazy_mode qcache_get_lazy(const qcache_context_t * ctx, i
 // "avx512", "avx2", "neon", "scalar" or "composed": what attention runs on in this context.
 QCACHE_API const char * qcache_attn_name(const qcache_context_t * ctx);
 
+// Threads of later decodes, as in the parameters: 0: all cores.
 QCACHE_API void qcache_set_n_threads(qcache_context_t * ctx, int32_t n_threads, int32_t n_threads_batch);
 
 //

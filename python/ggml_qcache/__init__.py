@@ -13,7 +13,8 @@ from .errors import (
     UnsupportedError,
     VersionError,
 )
-from .llama import LazyInfo, Llama
+from .lazy import LazyInfo
+from .llama import Llama
 from .native import VERSION as __version__
 from .native import check_ggml_version
 

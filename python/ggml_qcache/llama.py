@@ -16,40 +16,24 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, Optional, Union
 
 import llama_cpp.llama_cpp as llama_c
 import numpy as np
 import numpy.typing as npt
-from ggml_qcache_convert.lazy_layers import leaders_of, parse_layers
 from llama_cpp import _internals as internals
 from llama_cpp import llama as base
 from llama_cpp import llama_chat_format
 from llama_cpp._logger import set_verbose
 
 from . import native
+from .base_context import BaseContext, Closed
 from .chat import LLAVA_TEMPLATE, ChatTemplate, MediaPrompt, has_images
 from .errors import ModelError, QCacheError, UnsupportedError
 from .images import MAX_BYTES, MAX_PIXELS, ImageLoader
+from .lazy import LazyInfo, resolve_lazy
 from .tokenizer import Tokenizer
 from .vision import ImageChunk, Vision
-
-
-class LazyInfo(NamedTuple):
-    """The lazy layers in force.
-
-    Attributes:
-        mode: ``"off"``, ``"visual"`` or ``"global"``.
-        leader: Leader of each layer; a layer that is its own leader is full.
-    """
-
-    mode: str
-    leader: tuple[int, ...]
-
-    @property
-    def n_lazy(self) -> int:
-        """How many layers are lazy."""
-        return sum(leader != layer for layer, leader in enumerate(self.leader))
 
 
 class Llama(base.Llama):
@@ -189,10 +173,10 @@ class Llama(base.Llama):
         """Loads the model and makes its context."""
         self._native_model = native.Model(self.model_path)
         self._stack.callback(self._native_model.close)
-        mode, leaders = _resolve_lazy(lazy_layers, lazy_mode, self._native_model.info)
+        mode, leaders = resolve_lazy(lazy_layers, lazy_mode, self._native_model.info)
         self._context = native.Context(self._native_model, lazy_mode=mode, lazy_leader=leaders, **context_arguments)
         self._stack.callback(self._context.close)
-        self._ctx = _BaseContext(self._context)
+        self._ctx = BaseContext(self._context)
         self.lazy = LazyInfo(self._context.lazy_mode, self._context.lazy_leader)
 
     def _load_vocabulary(self, tokenizer: Optional[base.BaseLlamaTokenizer]) -> None:
@@ -321,7 +305,7 @@ class Llama(base.Llama):
         self._sampler = None
         self._images = []
         stack.close()
-        self._model = self._ctx = self.tokenizer_ = _Closed(self.model_path)
+        self._model = self._ctx = self.tokenizer_ = Closed(self.model_path)
 
     def __enter__(self) -> Llama:
         return self
@@ -573,46 +557,6 @@ class Llama(base.Llama):
         raise UnsupportedError("ggml_qcache.Llama gives no text embeddings; use llama_cpp.Llama(embedding=True)")
 
 
-class _BaseContext:
-    """What the base class asks of its ``LlamaContext``, answered by ours."""
-
-    def __init__(self, context: native.Context) -> None:
-        self._context = context
-
-    @property
-    def ctx(self) -> Any:
-        raise UnsupportedError("ggml_qcache.Llama has no llama_context: what needs one can't run on it")
-
-    def n_ctx(self) -> int:
-        return self._context.n_ctx
-
-    def pooling_type(self) -> int:
-        return llama_c.LLAMA_POOLING_TYPE_NONE
-
-    def kv_cache_seq_rm(self, _seq_id: int, p0: int, p1: int) -> bool:
-        self._context.seq_rm(0, p0, p1)
-        return True
-
-    def kv_cache_clear(self) -> None:
-        self._context.clear()
-
-    def reset_timings(self) -> None:
-        """Nothing: ``last_timings`` starts anew by itself."""
-
-    def print_timings(self) -> None:
-        """Nothing: ``last_timings`` is there to be read."""
-
-
-class _Closed:
-    """Stands where freed objects were: the base would hand their dangling pointers to C."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __getattr__(self, name: str) -> Any:
-        raise ValueError(f"the model {self._path!r} is closed")
-
-
 def _n_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -631,22 +575,3 @@ def _check_base_arguments(arguments: dict[str, Any]) -> None:
             raise TypeError(f"Llama() got an unexpected keyword argument {name!r}")
         if given != known[name].default:
             raise ValueError(f"{name}={given!r} is not supported by ggml_qcache, only {known[name].default!r}")
-
-
-def _resolve_lazy(
-    lazy_layers: Union[str, Sequence[int], None], lazy_mode: Optional[str], info: native.ModelInfo
-) -> tuple[Optional[str], Optional[list[int]]]:
-    """Turns the arguments of ``Llama`` into lazy mode and leaders of a context; None: the file's."""
-    if lazy_mode is not None and lazy_mode not in ("visual", "global"):
-        raise ValueError(f"lazy_mode={lazy_mode!r} is neither 'visual' nor 'global'")
-    if isinstance(lazy_layers, str) and lazy_layers.strip().lower() == "auto":
-        if lazy_mode is not None and info.lazy_mode == "off":
-            raise ValueError(f"lazy_mode={lazy_mode!r}, but the file has no lazy layers: name them with lazy_layers")
-        return lazy_mode, None
-    layers = parse_layers(lazy_layers, info.n_layer) if isinstance(lazy_layers, str) else list(lazy_layers or ())
-    if not layers:
-        if lazy_mode is not None:
-            raise ValueError(f"lazy_mode={lazy_mode!r} with lazy_layers={lazy_layers!r}: no layer is lazy")
-        return "off", None
-    file_mode = info.lazy_mode if info.lazy_mode != "off" else "visual"
-    return lazy_mode or file_mode, leaders_of(layers, info.n_layer)
