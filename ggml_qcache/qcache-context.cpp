@@ -2,6 +2,8 @@
 
 #include "qcache-graph.h"
 
+#include "cpu/attn-rows.h"
+
 #include <ggml-alloc.h>
 #include <ggml-cpu.h>
 #include <ggml.h>
@@ -31,6 +33,8 @@ struct qcache_context {
     std::vector<float>   logits;       // [n_out][n_vocab]
     std::vector<int32_t> out_of_row;   // [n_tokens] of the last batch: index into logits or -1
     int32_t              n_out = 0;
+
+    std::unique_ptr<qcache_capture_store> capture; // NULL while nothing is captured
 
     qcache_context(const qcache_model & model, struct qcache_context_params params, std::vector<int32_t> leader,
                    enum qcache_lazy_mode mode, const qcache_attn_kernel * kernel, qcache_layout layout,
@@ -137,8 +141,9 @@ enum qcache_status compute(qcache_context & ctx, const struct qcache_batch & bat
     std::vector<int32_t>                        index_of_seq(ctx.params.n_seq_max, -1);
     std::vector<std::vector<qcache_attn_block>> blocks;
     std::vector<qcache_attn_row>                attn_rows;
+    std::vector<int32_t>                        out; // rows whose logits are wanted
     int32_t                                     n_of_kind[4] = { 0, 0, 0, 0 };
-    int32_t                                     n_out = 0, pos_max = 0;
+    int32_t                                     pos_max = 0;
     for (const auto & row : rows) {
         if (index_of_seq[row.seq_id] < 0) {
             index_of_seq[row.seq_id] = (int32_t) blocks.size();
@@ -147,9 +152,11 @@ enum qcache_status compute(qcache_context & ctx, const struct qcache_batch & bat
                 blocks.back().push_back(ctx.cache.view(block));
             }
         }
+        if (row.wants_logits) {
+            out.push_back((int32_t) attn_rows.size());
+        }
         attn_rows.push_back({ index_of_seq[row.seq_id], row.pos, (int32_t) attn_rows.size(), row.block, row.modality });
         n_of_kind[kind(row)]++;
-        n_out += row.wants_logits;
         pos_max = std::max(pos_max, row.pos);
     }
     std::vector<qcache_attn_seq> seqs;
@@ -158,7 +165,8 @@ enum qcache_status compute(qcache_context & ctx, const struct qcache_batch & bat
     }
 
     qcache_step step = { ctx.model, ctx.leader, ctx.mode, ctx.cache.layout(), {}, false, ctx.kernel, nullptr,
-                         n_of_kind[0], n_of_kind[1], n_of_kind[2], n_of_kind[3], n_out };
+                         n_of_kind[0], n_of_kind[1], n_of_kind[2], n_of_kind[3],
+                         (int32_t) out.size(), out.data(), ctx.capture.get() };
     step.attn.seqs         = seqs.data();
     step.attn.rows         = attn_rows.data();
     step.attn.n_seqs       = (int32_t) seqs.size();
@@ -202,6 +210,9 @@ enum qcache_status compute(qcache_context & ctx, const struct qcache_batch & bat
     }
     ggml_cgraph * gf = ggml_new_graph_custom(ggml.get(), n_nodes, false);
     qcache_graph  graph(step, ggml.get(), gf);
+    if (ctx.capture) {
+        ctx.capture->begin_step();
+    }
 
     ggml_tensor * result = qcache_build_llama(graph);
     if (result == nullptr) {
@@ -213,19 +224,15 @@ enum qcache_status compute(qcache_context & ctx, const struct qcache_batch & bat
         return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot allocate the compute buffer for %d rows", step.attn.n_rows);
     }
 
-    std::vector<int32_t> token, pos, out;
+    std::vector<int32_t> token, pos;
     std::vector<float>   embd;
-    for (int32_t r = 0; r < (int32_t) rows.size(); r++) {
-        const auto & row = rows[r];
+    for (const auto & row : rows) {
         pos.push_back(row.pos);
         if (row.is_token) {
             token.push_back(batch.token[row.index]);
         } else {
             const float * from = batch.embd + (size_t) row.index * hp.n_embd;
             embd.insert(embd.end(), from, from + hp.n_embd);
-        }
-        if (row.wants_logits) {
-            out.push_back(r);
         }
     }
     const auto set = [](ggml_tensor * tensor, const void * data) {
@@ -246,12 +253,17 @@ enum qcache_status compute(qcache_context & ctx, const struct qcache_batch & bat
                            "computing %d rows failed: %s", step.attn.n_rows, ggml_status_to_string(status));
     }
     // rows were reordered: each output goes to its row's place in the batch
+    std::vector<int32_t> to, n_keys;
     for (size_t k = 0; k < out.size(); k++) {
         const size_t row_bytes = (size_t) hp.n_vocab * sizeof(float);
-        float *      to        = ctx.logits.data() + (size_t) ctx.out_of_row[rows[out[k]].index] * hp.n_vocab;
-        ggml_backend_tensor_get(result, to, k * row_bytes, row_bytes);
+        to.push_back(ctx.out_of_row[rows[out[k]].index]);
+        n_keys.push_back(rows[out[k]].pos + 1);
+        ggml_backend_tensor_get(result, ctx.logits.data() + (size_t) to[k] * hp.n_vocab, k * row_bytes, row_bytes);
     }
-    n_out_done += n_out;
+    if (ctx.capture) {
+        ctx.capture->store(to, n_keys);
+    }
+    n_out_done += (int32_t) out.size();
     return QCACHE_STATUS_SUCCESS;
 }
 
@@ -277,6 +289,9 @@ enum qcache_status decode(qcache_context & ctx, const struct qcache_batch & batc
             }
         }
         ctx.logits.resize((size_t) n_out * ctx.model.hparams.n_vocab);
+        if (ctx.capture) {
+            ctx.capture->begin_batch(n_out);
+        }
         int32_t n_done = 0;
         for (int32_t i = 0; i < batch.n_tokens && status == QCACHE_STATUS_SUCCESS; i += ctx.params.n_ubatch) {
             status = compute(ctx, batch, rows, i, std::min(i + ctx.params.n_ubatch, batch.n_tokens), n_done);
@@ -447,18 +462,23 @@ enum qcache_status qcache_decode(qcache_context_t * ctx, struct qcache_batch bat
     return status == QCACHE_STATUS_SUCCESS ? ended : status;
 }
 
-const float * qcache_get_logits_ith(qcache_context_t * ctx, int32_t i) {
+// index among the rows with logits of row i of the last batch, or -1
+static int32_t out_index(const qcache_context_t * ctx, int32_t i) {
     const int32_t n_rows = (int32_t) ctx->out_of_row.size();
     if (i < -ctx->n_out || i >= n_rows) {
         qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "row %d is out of range: the last batch has %d rows, %d with logits", i, n_rows, ctx->n_out);
-        return nullptr;
+        return -1;
     }
     const int32_t k = i < 0 ? ctx->n_out + i : ctx->out_of_row[i];
     if (k < 0) {
         qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "row %d of the last batch has no logits: they were not asked for", i);
-        return nullptr;
     }
-    return ctx->logits.data() + (size_t) k * ctx->model.hparams.n_vocab;
+    return k;
+}
+
+const float * qcache_get_logits_ith(qcache_context_t * ctx, int32_t i) {
+    const int32_t k = out_index(ctx, i);
+    return k < 0 ? nullptr : ctx->logits.data() + (size_t) k * ctx->model.hparams.n_vocab;
 }
 
 int32_t qcache_n_ctx(const qcache_context_t * ctx) {
@@ -481,6 +501,71 @@ void qcache_set_n_threads(qcache_context_t * ctx, int32_t n_threads, int32_t n_t
 
     ctx->params.n_threads       = n_threads < 1 ? n_cores : std::min(n_threads, 512);
     ctx->params.n_threads_batch = n_threads_batch < 1 ? n_cores : std::min(n_threads_batch, 512);
+}
+
+//
+// capture
+//
+
+enum qcache_status qcache_capture_start(qcache_context_t * ctx, int32_t what) {
+    const int32_t all = QCACHE_CAPTURE_SCORES | QCACHE_CAPTURE_PROBS | QCACHE_CAPTURE_ATTN | QCACHE_CAPTURE_HIDDEN;
+    if (what == 0 || (what & ~all) != 0) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "what to capture is %d, expected enum qcache_capture, added up (1 .. %d)", what, all);
+    }
+    return guarded([&] {
+        ctx->capture = std::make_unique<qcache_capture_store>(what, ctx->model.hparams.n_layer);
+        return QCACHE_STATUS_SUCCESS;
+    });
+}
+
+void qcache_capture_stop(qcache_context_t * ctx) {
+    ctx->capture.reset();
+}
+
+const float * qcache_get_captured_ith(qcache_context_t * ctx, enum qcache_capture what, int32_t il, int32_t i, int32_t * n_values) {
+    if (il < 0 || il >= ctx->model.hparams.n_layer) {
+        qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "layer %d is out of range, the model has %d", il, ctx->model.hparams.n_layer);
+        return nullptr;
+    }
+    const int32_t k = out_index(ctx, i);
+    if (k < 0) {
+        return nullptr;
+    }
+    const std::vector<float> * values = ctx->capture ? ctx->capture->get(what, il, k) : nullptr;
+    if (values == nullptr) {
+        qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "kind %d was not captured in the last batch: %s", (int) what,
+                    ctx->capture ? "it was not asked for before that" : "capture is off");
+        return nullptr;
+    }
+    if (n_values != nullptr) {
+        *n_values = (int32_t) values->size();
+    }
+    return values->data();
+}
+
+enum qcache_status qcache_seq_get_v(const qcache_context_t * ctx, int32_t seq_id, int32_t il, float * v, size_t n_values) {
+    const auto & hp = ctx->model.hparams;
+    if (seq_id < 0 || seq_id >= ctx->params.n_seq_max || il < 0 || il >= hp.n_layer) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "sequence %d, layer %d: n_seq_max is %d, the model has %d layers", seq_id, il,
+                           ctx->params.n_seq_max, hp.n_layer);
+    }
+    const int32_t n_tokens = ctx->cache.blocks().len(seq_id);
+    const size_t  expected = (size_t) hp.n_head_kv * n_tokens * hp.head_dim;
+    if (n_values != expected) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "n_values is %zu, V of %d tokens has %zu", n_values, n_tokens, expected);
+    }
+    const size_t row_bytes = qcache_kv_row_bytes(ctx->params.type_v, hp.head_dim);
+    float        row[256]; // padding included
+    for (const auto & part : ctx->cache.blocks().seq(seq_id)) {
+        const uint8_t * from = ctx->cache.view(part).data + ctx->cache.layout().v_offset[part.modality][il];
+        for (int32_t h = 0; h < hp.n_head_kv; h++) {
+            for (int32_t t = 0; t < part.n; t++) {
+                qcache_kv_row(ctx->params.type_v, from + ((size_t) h * ctx->params.n_block_tokens + t) * row_bytes, row_bytes, row);
+                memcpy(v + ((size_t) h * n_tokens + part.first + t) * hp.head_dim, row, hp.head_dim * sizeof(float));
+            }
+        }
+    }
+    return QCACHE_STATUS_SUCCESS;
 }
 
 //

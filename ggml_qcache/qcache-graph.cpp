@@ -13,6 +13,9 @@ qcache_graph::qcache_graph(const qcache_step & step, ggml_context * ctx, ggml_cg
     }
     attn_nodes.resize(model.hparams.n_layer);
     append_nodes.resize(model.hparams.n_layer);
+    if (step.capture != nullptr) {
+        scores_nodes.resize(model.hparams.n_layer);
+    }
 }
 
 void qcache_graph::set_composed_inputs() const {
@@ -22,7 +25,7 @@ void qcache_graph::set_composed_inputs() const {
 }
 
 size_t qcache_graph::n_nodes_max(const qcache_step & step) {
-    const size_t per_layer = 40 + (step.kernel == nullptr ? qcache_composed_n_nodes(&step.attn) : 0);
+    const size_t per_layer = 48 + (step.kernel == nullptr ? qcache_composed_n_nodes(&step.attn) : 0);
     return 64 + per_layer * (step.model.hparams.n_layer + 1);
 }
 
@@ -163,6 +166,41 @@ ggml_tensor * qcache_graph::lazy_attention(int32_t il, ggml_tensor * q, ggml_ten
         q_cache = q;
     }
     ggml_tensor * q_leader = lazy ? q_cache : nullptr;
-    return composed ? qcache_composed_attn(composed.get(), ctx, gf, q, q_leader, written, &p)
-                    : qcache_op_attn(ctx, q, q_leader, written, &node);
+    ggml_tensor * attn     = composed ? qcache_composed_attn(composed.get(), ctx, gf, q, q_leader, written, &p)
+                                      : qcache_op_attn(ctx, q, q_leader, written, &node);
+    if (step.capture != nullptr && attn != nullptr) {
+        capture_attention(il, q, q_leader, written, attn);
+    }
+    return attn;
+}
+
+void qcache_graph::capture(enum qcache_capture kind, int32_t il, ggml_tensor * x) {
+    ggml_set_output(x);
+    ggml_build_forward_expand(gf, x);
+    step.capture->add(kind, il, x);
+}
+
+void qcache_graph::capture_attention(int32_t il, ggml_tensor * q, ggml_tensor * q_leader, ggml_tensor * written, ggml_tensor * attn) {
+    if (!has_out()) {
+        return;
+    }
+    if (step.capture->wants(QCACHE_CAPTURE_SCORES) || step.capture->wants(QCACHE_CAPTURE_PROBS)) {
+        scores_nodes[il]     = { attn_nodes[il].params, step.out_rows, step.n_out };
+        ggml_tensor * scores = qcache_capture_scores(ctx, q, q_leader, written, &scores_nodes[il]); // [n_keys, n_head, n_out]
+        if (step.capture->wants(QCACHE_CAPTURE_SCORES)) {
+            capture(QCACHE_CAPTURE_SCORES, il, scores);
+        }
+        if (step.capture->wants(QCACHE_CAPTURE_PROBS)) {
+            capture(QCACHE_CAPTURE_PROBS, il, ggml_soft_max(ctx, scores));
+        }
+    }
+    if (step.capture->wants(QCACHE_CAPTURE_ATTN)) {
+        capture(QCACHE_CAPTURE_ATTN, il, out_rows(attn));
+    }
+}
+
+void qcache_graph::capture_hidden(int32_t il, ggml_tensor * x) {
+    if (step.capture != nullptr && has_out() && step.capture->wants(QCACHE_CAPTURE_HIDDEN)) {
+        capture(QCACHE_CAPTURE_HIDDEN, il, x->ne[1] == n_rows ? out_rows(x) : x);
+    }
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "qcache-cache.h"
+#include "qcache-capture.h"
 #include "qcache-composed.h"
 #include "qcache-model.h"
 #include "qcache-op.h"
@@ -31,6 +32,9 @@ struct qcache_step {
 
     int32_t n_text_token, n_text_embd, n_visual_token, n_visual_embd; // rows, in this order
     int32_t n_out;                                                    // rows whose logits are wanted
+    const int32_t * out_rows;                                         // [n_out] which
+
+    qcache_capture_store * capture; // NULL: nothing is captured
 
     int32_t n_text() const { return n_text_token + n_text_embd; }
 };
@@ -69,11 +73,17 @@ class qcache_graph {
 
     // Keeps only the rows whose logits are wanted.
     ggml_tensor * out_rows(ggml_tensor * x);
+
+    // Tells of the residual stream after layer il, in case it is captured. x: [n_embd, n_rows or n_out]
+    void capture_hidden(int32_t il, ggml_tensor * x);
     bool          has_out() const { return step.n_out > 0; }
 
     static size_t n_nodes_max(const qcache_step & step);
 
   private:
+    void capture_attention(int32_t il, ggml_tensor * q, ggml_tensor * q_leader, ggml_tensor * written, ggml_tensor * attn);
+    void capture(enum qcache_capture kind, int32_t il, ggml_tensor * x);
+
     const qcache_step & step;
     ggml_context *      ctx;
     ggml_cgraph *       gf;
@@ -82,6 +92,7 @@ class qcache_graph {
     std::unique_ptr<qcache_composed, qcache_composed_deleter> composed;
     std::vector<qcache_attn_node>                             attn_nodes; // [n_layer], what the nodes point to
     std::vector<qcache_append_params>                         append_nodes;
+    std::vector<qcache_scores_node>                           scores_nodes; // [n_layer] when scores are captured
 };
 
 // The decoders, one family per file under models/: -> logits [n_vocab, n_out], or the last layer's append node when no

@@ -80,6 +80,7 @@ def reference_logits(
     vis_bias: Mapping[int, Sequence[float]] | None = None,
     type_k: str = "f16",
     type_v: str = "f16",
+    layers: list[dict[str, np.ndarray]] | None = None,
 ) -> np.ndarray:
     """Logits of one sequence, every row in one pass, by PAPER.md's table.
 
@@ -92,6 +93,8 @@ def reference_logits(
         vis_bias: δ of lazy layers, ``[n_head]`` each; counts in visual mode only.
         type_k: How the cache rounds K: ``f32``, ``f16`` or ``q8_0``.
         type_v: Likewise V.
+        layers: Gets what each layer computed, row first: ``scores`` and ``probs`` ``[n, n_head, n]``, ``attn``
+            ``[n, n_head, head_dim]``, ``hidden`` ``[n, n_embd]``, and its ``v`` ``[n_head_kv, n, head_dim]``.
 
     Returns:
         ``[n, n_vocab]`` float64.
@@ -143,6 +146,9 @@ def reference_logits(
         out = weights @ v.repeat_interleave(n_group, 0)  # [n_head, n, head_dim]
         x = x + attn.o_proj(out.transpose(0, 1).reshape(n, -1))
         x = x + layer.mlp(norm(x, layer.post_attention_layernorm))
+        if layers is not None:
+            by_row = {"scores": logits.transpose(0, 1), "probs": weights.transpose(0, 1), "attn": out.transpose(0, 1)}
+            layers.append({name: value.numpy() for name, value in {**by_row, "hidden": x, "v": v}.items()})
     return text.lm_head(norm(x, text.decoder.norm)).numpy()
 
 

@@ -5,8 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .calibration import METRICS, Calibration, CalibrationSettings
 from .conversion import ConversionResult, convert
 from .lazy_keys import MODES
+from .make_lazy import convert_auto, make_lazy
 from .plan import OUTTYPES
 
 
@@ -21,22 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     args = parser.parse_args(argv)
-    # an empty name, as of "/", leaves "model"
-    name = args.directory.resolve().name or "model"
-    outfile = args.outfile or Path(f"{name}-{args.outtype}.gguf")
-    mmproj = args.mmproj or Path(f"mmproj-{name}-{'f32' if args.outtype == 'f32' else 'f16'}.gguf")
     try:
-        result = convert(
-            args.directory,
-            outfile,
-            mmproj,
-            args.outtype,
-            args.lazy_layers,
-            args.lazy_mode,
-            args.keep_qk,
-            progress=not (args.no_progress or args.quiet),
-        )
-    except (ValueError, OSError) as error:
+        result, chosen = _run(args)
+    except (ValueError, OSError, RuntimeError) as error:  # the last is what the runtime raises
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -46,27 +35,92 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: warning: {warning}", file=sys.stderr)
     if not args.quiet:
         print(_summary(result, args.lazy_mode))
+        if chosen is not None:
+            print(_calibration_summary(chosen))
     return 0
+
+
+def _run(args: argparse.Namespace) -> tuple[ConversionResult, Calibration | None]:
+    """Does what the arguments ask for.
+
+    Raises:
+        ValueError: They don't go together.
+    """
+    progress = not (args.no_progress or args.quiet)
+    settings = _calibration_settings(args)
+    if args.model.is_file():
+        for option, given in (("--outtype", args.outtype), ("--mmproj", args.mmproj)):
+            if given is not None:
+                raise ValueError(f"{option} goes with a Hugging Face directory: the weights of a GGUF stay as they are")
+        outfile = args.outfile or Path(f"{args.model.stem}-lazy.gguf")
+        return make_lazy(
+            args.model, outfile, args.lazy_layers, args.lazy_mode, args.keep_qk, settings, args.mmproj_in, progress
+        )
+    if args.mmproj_in is not None:
+        raise ValueError("--mmproj-in goes with a GGUF: a directory has its vision tower in it")
+    outtype = args.outtype or "f16"
+    # an empty name, as of "/", leaves "model"
+    name = args.model.resolve().name or "model"
+    outfile = args.outfile or Path(f"{name}-{outtype}.gguf")
+    mmproj = args.mmproj or Path(f"mmproj-{name}-{'f32' if outtype == 'f32' else 'f16'}.gguf")
+    if settings is not None:
+        return convert_auto(args.model, outfile, mmproj, settings, outtype, args.keep_qk, progress)
+    return convert(args.model, outfile, mmproj, outtype, args.lazy_layers, args.lazy_mode, args.keep_qk, progress), None
+
+
+def _calibration_settings(args: argparse.Namespace) -> CalibrationSettings | None:
+    """How layers are chosen; None where they are given."""
+    options = {
+        "--lazy-budget": args.lazy_budget,
+        "--lazy-threshold": args.lazy_threshold,
+        "--lazy-metric": args.lazy_metric,
+        "--calibration-images": args.calibration_images,
+        "--calibration-prompts": args.calibration_prompts,
+        "--calibration-samples": args.calibration_samples,
+        "--seed": args.seed,
+    }
+    if args.lazy_layers.strip().lower() != "auto":
+        for option, given in options.items():
+            if given is not None:
+                raise ValueError(f"{option} goes with --lazy-layers auto, got --lazy-layers {args.lazy_layers}")
+        return None
+    if args.calibration_images is None:
+        raise ValueError("--lazy-layers auto shows images to the model: name a folder of them with --calibration-images DIR")
+    given = {
+        "metric": args.lazy_metric,
+        "n_samples": args.calibration_samples,
+        "seed": args.seed,
+    }
+    if args.calibration_prompts is not None:
+        lines = args.calibration_prompts.read_text(encoding="utf-8").splitlines()
+        given |= {"prompts": [line.strip() for line in lines if line.strip()]}
+    settings = {name: value for name, value in given.items() if value is not None}
+    if args.lazy_budget is not None or args.lazy_threshold is not None:
+        settings |= {"budget": args.lazy_budget, "threshold": args.lazy_threshold}
+    return CalibrationSettings(args.calibration_images, mode=args.lazy_mode, **settings)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="convert_to_gguf",
-        description="Convert a Hugging Face LLaVA checkpoint to a text GGUF and an mmproj GGUF, lazy if asked for.",
+        description="Convert a Hugging Face LLaVA checkpoint to a text GGUF and an mmproj GGUF, or a text GGUF to a lazy one.",
     )
     parser.add_argument(
-        "directory", type=Path, metavar="DIR", help="directory with config.json, safetensors and tokenizer"
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="directory with config.json, safetensors and tokenizer; or a text GGUF, copied with other lazy layers",
     )
     parser.add_argument("--outfile", type=Path, metavar="FILE", help="text GGUF (default: NAME-OUTTYPE.gguf)")
     parser.add_argument("--mmproj", type=Path, metavar="FILE", help="vision GGUF (default: mmproj-NAME-f16.gguf)")
     parser.add_argument(
-        "--outtype", choices=list(OUTTYPES), default="f16", help="type of the weight matrices (default: f16)"
+        "--outtype", choices=list(OUTTYPES), help="type of the weight matrices of a directory (default: f16)"
     )
     parser.add_argument(
         "--lazy-layers",
         default="none",
         metavar="SPEC",
-        help="layers that share their leader's attention: none, or e.g. 9-15,18,20-31 (default: none)",
+        help="layers that share their leader's attention: none, auto, or e.g. 9-15,18,20-31 (default: none)",
     )
     parser.add_argument("--lazy-mode", choices=MODES, default="visual", help="which tokens share (default: visual)")
     parser.add_argument(
@@ -74,6 +128,20 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="in global mode keep the q and k weights of lazy layers: the file then also runs as a plain model",
     )
+    auto = parser.add_argument_group("--lazy-layers auto", "layers chosen by running the model on images")
+    auto.add_argument("--calibration-images", type=Path, metavar="DIR", help="images like those the model will see; needed")
+    auto.add_argument("--lazy-budget", type=float, metavar="F", help="share of KV bytes to save (default: 0.35)")
+    auto.add_argument("--lazy-threshold", type=float, metavar="EPS", help="instead: lazy below this JS divergence, in nats")
+    auto.add_argument(
+        "--lazy-metric",
+        choices=METRICS,
+        help="js: the paper's, attention of neighbouring layers (default); output: error of attention outputs; "
+        "loss: change of the final logits, plan by plan: the best and by far the slowest",
+    )
+    auto.add_argument("--calibration-samples", type=int, metavar="N", help="pairs of image and prompt (default: 16)")
+    auto.add_argument("--calibration-prompts", type=Path, metavar="FILE", help="prompts, one a line (default: general ones)")
+    auto.add_argument("--seed", type=int, help="seed of the choice of pairs and rows (default: 0)")
+    auto.add_argument("--mmproj-in", type=Path, metavar="FILE", help="vision GGUF, where MODEL is a GGUF")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
     return parser
@@ -91,3 +159,12 @@ def _summary(result: ConversionResult, mode: str) -> str:
             + " (leader)"
         )
     return "\n".join(lines)
+
+
+def _calibration_summary(chosen: Calibration) -> str:
+    measured = chosen.measured
+    return (
+        f"chosen by {chosen.settings.metric} on {len(measured.samples)} samples ({measured.n_tokens} tokens, "
+        f"{measured.visual_share:.0%} visual): {chosen.kv_saved:.1%} of the KV bytes saved, "
+        f"KL divergence of the logits {chosen.logits_kl:.4f}"
+    )

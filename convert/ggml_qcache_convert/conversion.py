@@ -86,7 +86,7 @@ def convert(
     if not directory.is_dir():
         raise ConversionError(f"{directory}: isn't a directory")
     targets = [outfile] if mmproj is None else [outfile, mmproj]
-    _check_targets(targets)
+    check_targets(targets)
 
     params = read_hparams(directory)
     warnings = list(params.warnings)
@@ -138,7 +138,7 @@ def convert(
     )
 
 
-def _check_targets(targets: Sequence[Path]) -> None:
+def check_targets(targets: Sequence[Path]) -> None:
     """Refuses what would fail after minutes of work."""
     if len({target.resolve() for target in targets}) < len(targets):
         raise ValueError(f"{targets[0]}: can't be both the text model and the mmproj")

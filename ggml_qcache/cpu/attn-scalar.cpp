@@ -4,22 +4,9 @@
 
 #include "qcache.h"
 #include "../qcache-op.h"
+#include "attn-rows.h"
 
-#include "ggml.h"
-
-#include <cfloat>
 #include <cmath>
-
-// a K or V row as floats, its padding included
-static void kv_row(int32_t type, const uint8_t * row, size_t row_bytes, float * x) {
-    const ggml_type_traits * traits = ggml_get_type_traits((ggml_type) type);
-    traits->to_float(row, x, row_bytes / traits->type_size * traits->blck_size);
-}
-
-// finite, so that the softmax of any finite input is one; NaN stays NaN
-static double clamp_logit(double x) {
-    return x > FLT_MAX ? FLT_MAX : x < -FLT_MAX ? -FLT_MAX : x;
-}
 
 static void attn_row_head(const qcache_attn_params & p, const float * q_own, const float * q_leader, float * dst,
                           int32_t ir, int32_t h) {
@@ -64,16 +51,16 @@ static void attn_row_head(const qcache_attn_params & p, const float * q_own, con
             if (read) {
                 logit = scores[block.first + i];
             } else {
-                kv_row(p.type_k, k + i * k_row_bytes, k_row_bytes, x);
+                qcache_kv_row(p.type_k, k + i * k_row_bytes, k_row_bytes, x);
                 for (int32_t d = 0; d < p.head_dim; d++) {
                     logit += (double) q[d] * (double) x[d];
                 }
-                logit = clamp_logit(logit * p.scale);
+                logit = qcache_clamp_logit(logit * p.scale);
                 if (p.score_op == QCACHE_SCORE_WRITE) {
                     scores[block.first + i] = (float) logit;
                 }
             }
-            logit = clamp_logit(logit + bias);
+            logit = qcache_clamp_logit(logit + bias);
 
             if (logit > max || std::isnan(logit)) {
                 const double c = exp(max - logit);
@@ -85,7 +72,7 @@ static void attn_row_head(const qcache_attn_params & p, const float * q_own, con
             }
             const double w = exp(logit - max);
             sum += w;
-            kv_row(p.type_v, v + i * v_row_bytes, v_row_bytes, x);
+            qcache_kv_row(p.type_v, v + i * v_row_bytes, v_row_bytes, x);
             for (int32_t d = 0; d < p.head_dim; d++) {
                 acc[d] += w * (double) x[d];
             }

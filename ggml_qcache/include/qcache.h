@@ -240,6 +240,34 @@ QCACHE_API enum qcache_status qcache_state_save_file(const qcache_context_t * ct
 QCACHE_API enum qcache_status qcache_state_load_file(qcache_context_t * ctx, const char * path);
 
 //
+// capture: what each layer computed, for the rows whose logits were asked for; for calibration and analysis
+//
+
+enum qcache_capture {
+    QCACHE_CAPTURE_SCORES = 1, // [n_head][n_keys] logits of the attention, scaled: a lazy layer's as it mixes them from
+                               // its leader's and its own, δ included; n_keys is the row's position + 1
+    QCACHE_CAPTURE_PROBS  = 2, // [n_head][n_keys] their softmax
+    QCACHE_CAPTURE_ATTN   = 4, // [n_head][head_dim] attention output, before W_o
+    QCACHE_CAPTURE_HIDDEN = 8, // [n_embd] residual stream after the layer
+};
+
+// From the next decode on, keeps `what` (enum qcache_capture, added up) of every layer for the rows that have logits,
+// until it is stopped or started with something else. What was captured before goes. Costs nothing while it is off.
+// INVALID_ARGUMENT (no or unknown bits), OUT_OF_MEMORY: capture is as before.
+QCACHE_API enum qcache_status qcache_capture_start(qcache_context_t * ctx, int32_t what);
+
+// Ends the capture and frees what it holds.
+QCACHE_API void qcache_capture_stop(qcache_context_t * ctx);
+
+// One kind of what layer il computed for row i of the last batch (i as for qcache_get_logits_ith), or NULL where that
+// was not captured. n_values (may be NULL) receives the number of floats. Valid until the next decode or load.
+QCACHE_API const float * qcache_get_captured_ith(qcache_context_t * ctx, enum qcache_capture what, int32_t il, int32_t i, int32_t * n_values);
+
+// Copies the V that layer il keeps of a sequence, as f32: v [n_head_kv][qcache_seq_len][head_dim], n_values floats.
+// INVALID_ARGUMENT: a sequence or layer out of range, or another n_values.
+QCACHE_API enum qcache_status qcache_seq_get_v(const qcache_context_t * ctx, int32_t seq_id, int32_t il, float * v, size_t n_values);
+
+//
 // vision: libmtmd encodes the images
 //
 

@@ -35,6 +35,7 @@ ggml_tensor * qcache_build_llama(qcache_graph & g) {
         cur = g.norm(x, layer.ffn_norm);
         cur = g.swiglu(g.linear(layer.ffn_gate, nullptr, cur), g.linear(layer.ffn_up, nullptr, cur));
         x   = g.add(g.linear(layer.ffn_down, nullptr, cur), x);
+        g.capture_hidden(il, x);
     }
     return g.linear(g.model.output, g.model.output_bias, g.norm(x, g.model.output_norm));
 }

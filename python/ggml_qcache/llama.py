@@ -255,6 +255,11 @@ class Llama(base.Llama):
         """The parameters of that context; neither exists."""
         return self._ctx.ctx
 
+    @property
+    def native_model(self) -> native.Model:
+        """The loaded weights, for contexts of one's own; they close with this object."""
+        return self._native_model
+
     def n_embd(self) -> int:
         """Width of the embeddings."""
         return self._native_model.info.n_embd
@@ -465,6 +470,19 @@ class Llama(base.Llama):
             raise ValueError(f"token {ids[missing][0]} is neither in the vocabulary nor of an image of this prompt")
         self.last_timings["image_ms"] += 1e3 * (time.perf_counter() - started)
         return rows
+
+    def evaluated_rows(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """What is in the KV cache, as rows of the decoder; its images must be those of the current prompt.
+
+        Returns:
+            ``[n]`` token ids, negative ones for visual tokens; ``[n, n_embd]`` embeddings of visual tokens, where rows
+            of other tokens hold anything.
+
+        Raises:
+            ValueError: A visual token of another prompt.
+        """
+        ids = self.input_ids[: self.n_tokens].astype(np.int32)
+        return ids, self._visual_embeddings(ids, 0)
 
     def sample(self, *args: Any, idx: Optional[int] = None, **sampling: Any) -> int:
         """Samples a token from the logits of an evaluated one.

@@ -51,6 +51,13 @@ SCORE_CACHES: dict[str, int] = {
 }
 KV_TYPES: dict[str, int] = {"f16": 1, "q8_0": 8}  # names and numbers of ggml_type
 
+CAPTURES: dict[str, int] = {
+    "scores": lib.QCACHE_CAPTURE_SCORES,
+    "probs": lib.QCACHE_CAPTURE_PROBS,
+    "attn": lib.QCACHE_CAPTURE_ATTN,
+    "hidden": lib.QCACHE_CAPTURE_HIDDEN,
+}
+
 TEXT: int = lib.QCACHE_MODALITY_TEXT
 VISUAL: int = lib.QCACHE_MODALITY_VISUAL
 
@@ -379,6 +386,59 @@ class Context:
         elif out.nbytes != self._row_bytes:
             raise ValueError(f"out has {out.nbytes} bytes, a row of logits {self._row_bytes}")
         ffi.memmove(out, pointer, self._row_bytes)
+        return out
+
+    def capture_start(self, *what: str) -> None:
+        """Keeps what every layer computes for the rows that have logits, from the next decode on.
+
+        Args:
+            *what: ``"scores"``, the logits of the attention; ``"probs"``, their softmax; ``"attn"``, the attention
+                output before W_o; ``"hidden"``, the residual stream after the layer.
+
+        Raises:
+            ValueError: Nothing, or something else.
+        """
+        check(lib.qcache_capture_start(self.handle, sum({choice("what", name, CAPTURES) for name in what})))
+
+    def capture_stop(self) -> None:
+        """Ends the capture and frees what it holds."""
+        lib.qcache_capture_stop(self.handle)
+
+    def captured(self, what: str, layer: int, row: int = -1) -> npt.NDArray[np.float32]:
+        """Copies what a layer computed for a row of the last batch.
+
+        Args:
+            what: One of what ``capture_start`` was asked for.
+            layer: The layer.
+            row: Row of the batch; negative counts from the end of the rows that have logits.
+
+        Returns:
+            f32; ``"scores"`` and ``"probs"`` ``[n_head, n_keys]`` with the keys of positions 0 to the row's,
+            ``"attn"`` ``[n_head, head_dim]``, ``"hidden"`` ``[n_embd]``.
+
+        Raises:
+            ValueError: Not captured, or a layer or row that the last batch doesn't have.
+        """
+        n_values = ffi.new("int32_t *")
+        pointer = lib.qcache_get_captured_ith(self.handle, choice("what", what, CAPTURES), layer, row, n_values)
+        if pointer == ffi.NULL:
+            raise ValueError(f"{what} of layer {layer}, row {row}: {ffi.string(lib.qcache_last_error()).decode()}")
+        out = np.empty(n_values[0], dtype=np.float32)
+        ffi.memmove(out, pointer, out.nbytes)
+        return out if what == "hidden" else out.reshape(self.model.info.n_head, -1)
+
+    def seq_v(self, layer: int, seq_id: int = 0) -> npt.NDArray[np.float32]:
+        """Copies the V that a layer keeps of a sequence.
+
+        Returns:
+            ``[n_head_kv, seq_len, head_dim]`` f32.
+
+        Raises:
+            InvalidArgumentError: A layer or sequence out of range.
+        """
+        info = self.model.info
+        out = np.empty((info.n_head_kv, max(0, self.seq_len(seq_id)), info.head_dim), dtype=np.float32)
+        check(lib.qcache_seq_get_v(self.handle, seq_id, layer, ffi.from_buffer("float[]", out), out.size))
         return out
 
     def set_n_threads(self, n_threads: int, n_threads_batch: int) -> None:

@@ -261,6 +261,40 @@ void failures_leave_the_context(const qcache_model_t * model, const std::vector<
     CHECK(nmse(run(small.ctx, p, 60, 64), tail) < 1e-12);
 }
 
+// what is captured must not depend on how the rows were cut into chunks
+void capture(const qcache_model_t * model, enum qcache_lazy_mode mode, const std::vector<int32_t> & leader) {
+    const prompt p;
+    auto         params = params_for(mode, leader);
+    context      whole(model, params);
+    params.n_ubatch  = 13;
+    params.attn_impl = QCACHE_ATTN_IMPL_COMPOSED;
+    context cut(model, params);
+    CHECK(qcache_capture_start(whole.ctx, 0) == QCACHE_STATUS_INVALID_ARGUMENT);
+    CHECK(qcache_capture_start(whole.ctx, 16) == QCACHE_STATUS_INVALID_ARGUMENT);
+    for (qcache_context_t * ctx : { whole.ctx, cut.ctx }) {
+        CHECK(qcache_capture_start(ctx, 15) == QCACHE_STATUS_SUCCESS);
+        CHECK(qcache_decode(ctx, p.rows(0, p.size())) == QCACHE_STATUS_SUCCESS);
+    }
+    for (const auto what : { QCACHE_CAPTURE_SCORES, QCACHE_CAPTURE_PROBS, QCACHE_CAPTURE_ATTN, QCACHE_CAPTURE_HIDDEN }) {
+        const bool by_key = what == QCACHE_CAPTURE_SCORES || what == QCACHE_CAPTURE_PROBS;
+        for (int32_t i = 0; i < n_layer * p.size(); i++) {
+            int32_t       n = 0, n_cut = 0;
+            const float * a = qcache_get_captured_ith(whole.ctx, what, i % n_layer, i / n_layer, &n);
+            const float * b = qcache_get_captured_ith(cut.ctx, what, i % n_layer, i / n_layer, &n_cut);
+            CHECK(a != nullptr && b != nullptr && n == n_cut && n == (by_key ? n_head * (i / n_layer + 1) : n_embd));
+            if (a != nullptr && b != nullptr) {
+                CHECK(nmse(std::vector<float>(a, a + n), std::vector<float>(b, b + n)) < 1e-6);
+            }
+        }
+    }
+    CHECK(qcache_get_captured_ith(whole.ctx, QCACHE_CAPTURE_ATTN, n_layer, 0, nullptr) == nullptr);
+    std::vector<float> v((size_t) n_head_kv * head_dim * p.size());
+    CHECK(qcache_seq_get_v(whole.ctx, 0, 1, v.data(), v.size()) == QCACHE_STATUS_SUCCESS);
+    CHECK(qcache_seq_get_v(whole.ctx, 0, 1, v.data(), v.size() - 1) == QCACHE_STATUS_INVALID_ARGUMENT);
+    qcache_capture_stop(whole.ctx);
+    CHECK(qcache_get_captured_ith(whole.ctx, QCACHE_CAPTURE_ATTN, 0, 0, nullptr) == nullptr);
+}
+
 void bad_files(const std::string & path) {
     std::ifstream     in(path, std::ios::binary);
     const std::string bytes((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
@@ -302,6 +336,7 @@ int main() {
     CHECK(qcache_model_get_info(model).lazy_mode == QCACHE_LAZY_MODE_VISUAL);
     for (const auto mode : { QCACHE_LAZY_MODE_OFF, QCACHE_LAZY_MODE_GLOBAL, QCACHE_LAZY_MODE_VISUAL }) {
         same_whatever_the_way(model, mode, leader);
+        capture(model, mode, leader);
     }
     state_and_sequences(model, leader);
     failures_leave_the_context(model, leader);

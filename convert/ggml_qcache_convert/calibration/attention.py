@@ -1,0 +1,88 @@
+"""How alike the attention of layers is, and what sharing it costs: from captured scores and V, in NumPy."""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.floating]
+
+
+def softmax(scores: Array) -> Array:
+    """Softmax over the last dimension; -inf is 0."""
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def js_divergence(p: Array, q: Array) -> Array:
+    """Jensen-Shannon divergence of distributions over the last dimension, in nats: 0 to ln 2."""
+    p, q = p.astype(np.float64), q.astype(np.float64)
+    mean = (p + q) / 2
+    tiny = np.finfo(np.float64).tiny  # 0 ln 0 is 0
+
+    def kl(a: Array) -> Array:
+        return np.sum(a * (np.log(np.maximum(a, tiny)) - np.log(np.maximum(mean, tiny))), -1)
+
+    return (kl(p) + kl(q)) / 2
+
+
+def shared_scores(leader: Array, own: Array, row_visual: Array, key_visual: Array, mode: str) -> Array:
+    """The scores a lazy layer mixes from its leader's and its own (PAPER.md's table).
+
+    Args:
+        leader: ``[n_rows, n_head, n_keys]``.
+        own: Likewise.
+        row_visual: ``[n_rows]`` bool.
+        key_visual: ``[n_keys]`` bool.
+        mode: ``visual`` or ``global``.
+    """
+    if mode == "global":
+        return leader
+    return np.where(row_visual[:, None, None] | key_visual[None, None, :], leader, own)
+
+
+def sharing_errors(
+    scores: Callable[[int], Array], v: Callable[[int], Array], row_visual: Array, key_visual: Array, mode: str, n_layer: int
+) -> npt.NDArray[np.float64]:
+    """Relative squared error of each layer's attention output with each leader's attention.
+
+    Args:
+        scores: Gives a layer's ``[n_rows, n_head, n_keys]``, -inf where a row doesn't see a key.
+        v: Gives a layer's ``[n_head_kv, n_keys, head_dim]``.
+        row_visual: ``[n_rows]`` bool.
+        key_visual: ``[n_keys]`` bool.
+        mode: ``visual`` or ``global``.
+        n_layer: Number of layers.
+
+    Returns:
+        ``[n_layer, n_layer]``: ``[j, l]``, j < l, is the mean over rows of ``|o' - o|^2 / |o|^2``; 0 elsewhere.
+    """
+    errors = np.zeros((n_layer, n_layer))
+    all_scores = [scores(layer) for layer in range(n_layer)]
+    n_rows, n_head, n_keys = all_scores[0].shape
+    for layer in range(1, n_layer):
+        values = v(layer)
+        n_group = n_head // len(values)
+
+        def output(weights: Array) -> Array:
+            grouped = weights.transpose(1, 0, 2).reshape(len(values), n_group * n_rows, n_keys)
+            return (grouped @ values).reshape(n_head, n_rows, -1)
+
+        expected = output(softmax(all_scores[layer]))
+        power = np.maximum(np.sum(expected**2, axis=(0, 2), dtype=np.float64), np.finfo(np.float64).tiny)
+        for leader in range(layer):
+            mixed = shared_scores(all_scores[leader], all_scores[layer], row_visual, key_visual, mode)
+            error = np.sum((output(softmax(mixed)) - expected) ** 2, axis=(0, 2), dtype=np.float64)
+            errors[leader, layer] = np.mean(error / power)
+    return errors
+
+
+def log_softmax(logits: Array) -> Array:
+    """Natural logarithm of the softmax over the last dimension."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def kl_divergence(log_p: Array, log_q: Array) -> Array:
+    """Kullback-Leibler divergence of q from p over the last dimension, in nats."""
+    return np.sum(np.exp(log_p.astype(np.float64)) * (log_p.astype(np.float64) - log_q), -1)

@@ -1,0 +1,300 @@
+"""Measures a model on calibration samples and chooses its lazy layers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from ..errors import ConversionError
+from ..lazy_keys import MODES
+from ..lazy_layers import leaders_of
+from .attention import js_divergence, kl_divergence, log_softmax, sharing_errors, softmax
+from .samples import PROMPTS, Sample, choose_pairs, find_images, make_samples
+from .select import by_cost, by_descent, by_divergence, by_threshold
+
+if TYPE_CHECKING:
+    from ggml_qcache import Llama
+
+METRICS = ("js", "output", "loss")
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How lazy layers are chosen.
+
+    Attributes:
+        images: A folder with images, or images as paths, URLs or anything else that ``Llama`` takes for one.
+        metric: ``js``: the paper's divergence of neighbouring layers' attention. ``output``: the summed error of attention
+            outputs. ``loss``: the divergence of the final logits, measured plan by plan.
+        mode: ``visual`` or ``global``.
+        budget: Share of the KV bytes to save, 0 to 1, at the samples' share of visual tokens.
+        threshold: Instead of a budget, with ``js``: the divergence in nats below which a layer is lazy.
+        n_samples: Image and prompt pairs.
+        prompts: What is asked.
+        n_answer: Longest answer in tokens.
+        n_other_rows: Prompt rows looked at in a sample beside those of the answer, half of them visual.
+        seed: Seed of the choice of pairs and rows.
+    """
+
+    images: Path | Sequence[Any]
+    metric: str = "js"
+    mode: str = "visual"
+    budget: float | None = 0.35
+    threshold: float | None = None
+    n_samples: int = 16
+    prompts: Sequence[str] = PROMPTS
+    n_answer: int = 32
+    n_other_rows: int = 32
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuses what makes no sense.
+
+        Raises:
+            ValueError: It names the setting.
+        """
+        if self.metric not in METRICS:
+            raise ValueError(f"lazy_metric {self.metric!r} isn't one of {', '.join(METRICS)}")
+        if self.mode not in MODES:
+            raise ValueError(f"lazy_mode {self.mode!r} isn't one of {', '.join(MODES)}")
+        if (self.budget is None) == (self.threshold is None):
+            raise ValueError("a budget or a threshold chooses how many layers are lazy: give one of them")
+        if self.threshold is not None and (self.metric != "js" or not 0 < self.threshold < math.inf):
+            raise ValueError(f"a threshold goes with the metric js and is positive, got {self.threshold} with {self.metric}")
+        if self.budget is not None and not 0 < self.budget < 1:
+            raise ValueError(f"lazy_budget {self.budget} isn't a share between 0 and 1")
+        for name in ("n_samples", "n_answer"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} isn't positive")
+        if not self.prompts:
+            raise ValueError("there are no calibration prompts")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the samples showed.
+
+    Attributes:
+        samples: The samples.
+        js_divergence: ``[n_layer]`` nats, the last row's attention in layer l against l - 1, mean over heads and samples.
+        output_error: ``[n_layer, n_layer]``, ``[j, l]``: relative squared error of layer l's attention output with leader
+            j, mean over rows and samples.
+        log_probs: By sample, ``[n answer rows, n_vocab]`` log-probabilities of the untouched model.
+    """
+
+    samples: list[Sample]
+    js_divergence: npt.NDArray[np.float64]
+    output_error: npt.NDArray[np.float64]
+    log_probs: list[npt.NDArray[np.float32]]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all samples, visual ones included."""
+        return sum(len(sample.tokens) for sample in self.samples)
+
+    @property
+    def visual_share(self) -> float:
+        """Visual tokens of all tokens."""
+        return sum(int(sample.visual.sum()) for sample in self.samples) / self.n_tokens
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The chosen layers, and what is known about the choice.
+
+    Attributes:
+        leaders: ``[n_layer]``.
+        settings: What was asked for.
+        measured: What it rests on.
+        kv_saved: Share of KV bytes saved on the samples, counted in blocks.
+        logits_kl: KL divergence of the final logits over answer rows from the untouched model's, nats; mean over rows.
+        threshold: With ``js``, the divergence in nats below which layers are lazy.
+    """
+
+    leaders: list[int]
+    settings: CalibrationSettings
+    measured: Measured = field(repr=False)
+    kv_saved: float
+    logits_kl: float
+    threshold: float | None
+
+
+class Runner:
+    """Runs plans of lazy layers on samples, on an already loaded model."""
+
+    def __init__(self, llm: "Llama", mode: str, n_threads: int = 0) -> None:
+        """Takes the model of a ``Llama``."""
+        from ggml_qcache.native import Context
+
+        self._context_class = Context
+        self._model = llm.native_model
+        self._mode = mode
+        self._n_threads = n_threads
+        self.n_layer: int = self._model.info.n_layer
+
+    def context(self, leaders: Sequence[int] | None) -> Any:
+        """A new context with these leaders; None: every layer full."""
+        lazy = {"lazy_mode": "off"} if leaders is None else {"lazy_mode": self._mode, "lazy_leader": leaders}
+        return self._context_class(self._model, n_threads=self._n_threads, n_threads_batch=self._n_threads, **lazy)
+
+    def decode(self, context: Any, sample: Sample, rows: npt.NDArray[np.int64]) -> None:
+        """Computes a sample from its start and keeps the logits of some rows."""
+        context.clear()
+        wanted = np.isin(np.arange(len(sample.tokens)), rows)
+        context.decode(sample.tokens, sample.embeddings, modality=sample.visual, logits=wanted)
+
+    def answer_log_probs(self, context: Any, sample: Sample) -> npt.NDArray[np.float32]:
+        """Log-probabilities ``[n answer rows, n_vocab]`` of a sample that was just decoded."""
+        return log_softmax(np.stack([context.logits(int(row)) for row in sample.rows[sample.answer_rows]]))
+
+    def kl(self, leaders: Sequence[int], measured: Measured, to_beat: float = math.inf) -> float:
+        """Mean KL divergence over answer rows, nats; stops above ``to_beat``, where the value is a lower bound."""
+        n_rows = sum(len(log_p) for log_p in measured.log_probs)
+        total = 0.0
+        with self.context(leaders) as context:
+            for sample, log_p in zip(measured.samples, measured.log_probs, strict=True):
+                self.decode(context, sample, sample.rows[sample.answer_rows])
+                total += float(kl_divergence(log_p, self.answer_log_probs(context, sample)).sum())
+                if total / n_rows >= to_beat:
+                    break
+        return total / n_rows
+
+    def kv_saved(self, leaders: Sequence[int], samples: Sequence[Sample]) -> float:
+        """Share of KV bytes that a plan saves on samples, counted in the blocks that each of them fills."""
+        with self.context(leaders) as context:
+            usage = context.kv_usage()
+        n_block = usage["n_block_tokens"]
+        kept = full = 0
+        for sample in samples:
+            for first, last in _runs(sample.visual):
+                n_blocks = -(-(last - first) // n_block)
+                kept += n_blocks * usage["bytes_block_visual" if sample.visual[first] else "bytes_block_text"]
+                full += n_blocks * usage["bytes_block_full"]
+        return 1 - kept / full
+
+
+def _runs(visual: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Runs of one modality, as first row and row after the last."""
+    edges = [0, *(np.flatnonzero(np.diff(visual.astype(np.int8))) + 1).tolist(), len(visual)]
+    return list(zip(edges, edges[1:]))
+
+
+def measure(llm: "Llama", settings: CalibrationSettings, progress: bool = False, n_threads: int = 0) -> Measured:
+    """Runs the samples through the untouched model.
+
+    Args:
+        llm: The model with its mmproj, loaded with ``lazy_layers="none"``.
+        settings: What to run.
+        progress: Show a progress bar on stderr.
+        n_threads: Threads to compute with, 0: all cores.
+
+    Raises:
+        ConversionError: No images.
+        QCacheError: The runtime failed.
+    """
+    settings.check()
+    images = find_images(settings.images) if isinstance(settings.images, Path) else list(settings.images)
+    if not images:
+        raise ConversionError("there are no calibration images")
+    pairs = choose_pairs(images, settings.prompts, settings.n_samples, settings.seed)
+    runner = Runner(llm, settings.mode, n_threads)
+    n_layer = runner.n_layer
+    samples: list[Sample] = []
+    log_probs: list[npt.NDArray[np.float32]] = []
+    divergence, errors = np.zeros(n_layer), np.zeros((n_layer, n_layer))
+    made = make_samples(llm, pairs, settings.n_answer, settings.n_other_rows, settings.seed)
+    with runner.context(None) as context:
+        for sample in tqdm(made, total=len(pairs), desc="calibrating", unit="sample", disable=not progress):
+            context.capture_start("scores")
+            runner.decode(context, sample, sample.rows)
+            n_keys = len(sample.tokens)
+
+            def scores(layer: int) -> npt.NDArray[np.float32]:
+                out = np.full((len(sample.rows), llm.native_model.info.n_head, n_keys), -np.inf, dtype=np.float32)
+                for i, row in enumerate(sample.rows):
+                    out[i, :, : row + 1] = context.captured("scores", layer, int(row))
+                return out
+
+            last = [softmax(context.captured("scores", layer)) for layer in range(n_layer)]
+            divergence[1:] += [js_divergence(p, q).mean() for p, q in zip(last, last[1:])]
+            errors += sharing_errors(scores, context.seq_v, sample.visual[sample.rows], sample.visual, settings.mode, n_layer)
+            log_probs.append(runner.answer_log_probs(context, sample))
+            samples.append(sample)
+            context.capture_stop()
+    return Measured(samples, divergence / len(samples), errors / len(samples), log_probs)
+
+
+def calibrate(
+    llm: "Llama",
+    settings: CalibrationSettings,
+    measured: Measured | None = None,
+    progress: bool = False,
+    n_threads: int = 0,
+) -> Calibration:
+    """Chooses the lazy layers of a model.
+
+    Args:
+        llm: The model with its mmproj, loaded with ``lazy_layers="none"``.
+        settings: What to run and how to choose.
+        measured: What ``measure`` gave for the same images, prompts and mode; None: it is measured now.
+        progress: Show progress bars on stderr.
+        n_threads: Threads to compute with, 0: all cores.
+
+    Raises:
+        ConversionError: No images, or a budget that even the most lazy layers don't meet: it tells what they save.
+        ValueError: A setting is invalid.
+        QCacheError: The runtime failed.
+    """
+    measured = measured or measure(llm, settings, progress, n_threads)
+    runner = Runner(llm, settings.mode, n_threads)
+    divergence = measured.js_divergence
+    threshold = settings.threshold
+    if threshold is not None:
+        leaders = by_threshold(divergence, threshold)
+    else:
+        n_lazy = _n_lazy_for(runner, settings, measured)
+        js = by_divergence(divergence, n_lazy)
+        output = by_cost(measured.output_error, n_lazy)
+        if settings.metric == "js":
+            leaders = js
+            threshold = float(np.nextafter(max(divergence[layer] for layer in range(runner.n_layer) if js[layer] != layer), 1))
+        elif settings.metric == "output":
+            leaders = output
+        else:
+            leaders = _by_loss(runner, measured, js, output, progress)
+    kv_saved = runner.kv_saved(leaders, measured.samples)
+    return Calibration(leaders, settings, measured, kv_saved, runner.kl(leaders, measured), threshold)
+
+
+def _n_lazy_for(runner: Runner, settings: CalibrationSettings, measured: Measured) -> int:
+    """The least number of lazy layers that meets the budget; which they are doesn't matter for bytes."""
+    saved = 0.0
+    for n_lazy in range(1, runner.n_layer):
+        saved = runner.kv_saved(leaders_of(range(1, n_lazy + 1), runner.n_layer), measured.samples)
+        if saved >= settings.budget:
+            return n_lazy
+    raise ConversionError(
+        f"lazy_budget {settings.budget} can't be met: in {settings.mode} mode {runner.n_layer - 1} of {runner.n_layer} lazy "
+        f"layers save {saved:.3f} of the KV bytes, with {measured.visual_share:.0%} of the calibration tokens visual"
+    )
+
+
+def _by_loss(runner: Runner, measured: Measured, js: list[int], output: list[int], progress: bool) -> list[int]:
+    """Descends from the better of the other metrics' plans; each step is measured on the final logits."""
+    start = js if runner.kl(js, measured) < runner.kl(output, measured) else output
+    n_lazy = sum(leader != layer for layer, leader in enumerate(start))
+    # one round of swaps; further rounds follow only after an improvement
+    with tqdm(total=1 + n_lazy * (runner.n_layer - 1 - n_lazy), desc="trying plans", unit="plan", disable=not progress) as bar:
+
+        def loss(leaders: Sequence[int], to_beat: float) -> float:
+            value = runner.kl(leaders, measured, to_beat)
+            bar.total = max(bar.total, bar.n + 1)
+            bar.update()
+            return value
+
+        return by_descent(start, loss)[0]

@@ -1,0 +1,98 @@
+"""Copies a text GGUF with other lazy-layer keys, tensor by tensor: weights of any type stay as they are."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
+
+from .errors import ConversionError
+
+_QK = re.compile(r"blk\.(\d+)\.attn_[qk]\.(weight|bias)")
+
+
+def open_text_gguf(path: Path) -> GGUFReader:
+    """Opens a text GGUF, its tensors mapped.
+
+    Raises:
+        ConversionError: Damaged, or no text model.
+        OSError: It can't be opened.
+    """
+    try:
+        reader = GGUFReader(path)
+    except OSError:
+        raise
+    except Exception as error:  # the reader runs into whatever a damaged file leads it to
+        raise ConversionError(f"{path}: isn't GGUF, is truncated or damaged ({error})") from error
+    if not isinstance(n_layers(reader), int):
+        raise ConversionError(f"{path}: {architecture(reader)!r} isn't a text model: it has no block count")
+    return reader
+
+
+def architecture(reader: GGUFReader) -> str | None:
+    """``general.architecture``."""
+    field = reader.get_field("general.architecture")
+    return None if field is None else field.contents()
+
+
+def n_layers(reader: GGUFReader) -> int | None:
+    """Decoder layers; None for a file that has none."""
+    field = reader.get_field(f"{architecture(reader)}.block_count")
+    return None if field is None else field.contents()
+
+
+def copy_with_keys(
+    reader: GGUFReader,
+    target: Path,
+    add_keys: Callable[[GGUFWriter], None],
+    without_qk: Sequence[int],
+    advance: Callable[[int], object],
+) -> None:
+    """Writes a copy without the source's ``qcache.*`` keys.
+
+    Args:
+        reader: The source.
+        target: File to create.
+        add_keys: Adds the new ones.
+        without_qk: Layers whose q and k projections are left out.
+        advance: Called with the bytes copied since the last call.
+
+    Raises:
+        ConversionError: The source lacks q and k of a layer that is to keep them.
+        OSError: The file can't be written.
+    """
+    left_out = set(without_qk)
+    kept = []
+    for tensor in reader.tensors:
+        match = _QK.fullmatch(tensor.name)
+        if match is None or int(match[1]) not in left_out:
+            kept.append(tensor)
+    names = {tensor.name for tensor in kept}
+    for layer in range(n_layers(reader)):
+        if layer not in left_out and f"blk.{layer}.attn_q.weight" not in names:
+            raise ConversionError(
+                f"the GGUF has no blk.{layer}.attn_q.weight: layer {layer} was lazy in global mode when it was converted; "
+                "convert from the checkpoint, or from a file made with --keep-qk"
+            )
+    writer = GGUFWriter(None, architecture(reader))
+    writer.kv_data[0].clear()
+    for name, field in reader.fields.items():
+        if not name.startswith(("GGUF.", "qcache.")):
+            sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type)
+    add_keys(writer)
+    if (alignment := reader.get_field("general.alignment")) is not None:
+        writer.data_alignment = alignment.contents()
+    for tensor in kept:
+        writer.add_tensor_info(tensor.name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type)
+    try:
+        writer.write_header_to_file(target)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in kept:
+            writer.write_tensor_data(np.asarray(tensor.data))
+            advance(tensor.data.nbytes)
+        writer.flush()
+    finally:
+        writer.close()

@@ -1,0 +1,151 @@
+"""Makes a text GGUF lazy: layers given, or chosen by calibration on the file itself."""
+
+import contextlib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from gguf import GGUFWriter
+from tqdm import tqdm
+
+from .calibration import Calibration, CalibrationSettings, calibrate
+from .conversion import ConversionResult, check_targets, convert
+from .errors import ConversionError
+from .gguf_copy import architecture, copy_with_keys, n_layers, open_text_gguf
+from .lazy_keys import MODES, add_calibration_keys, add_lazy_keys
+from .lazy_layers import leaders_of, parse_layers
+from .writer import AtomicFiles
+
+
+def convert_auto(
+    directory: Path,
+    outfile: Path,
+    mmproj: Path,
+    settings: CalibrationSettings,
+    outtype: str = "f16",
+    keep_qk: bool = False,
+    progress: bool = False,
+) -> tuple[ConversionResult, Calibration]:
+    """Converts a Hugging Face LLaVA directory with lazy layers chosen by calibration on the converted model.
+
+    Needs room for the text model twice. Both files appear together when both are complete, or neither does.
+
+    Args:
+        directory: The checkpoint directory.
+        outfile: Text GGUF to write.
+        mmproj: Vision GGUF to write.
+        settings: How layers are chosen.
+        outtype: As for ``convert``.
+        keep_qk: As for ``convert``.
+        progress: Show progress bars on stderr.
+
+    Returns:
+        What was written, and what the choice rests on.
+
+    Raises:
+        ConversionError: The input is unsupported, there are no images, or the budget can't be met.
+        ValueError: An argument is invalid.
+        QCacheError: The runtime can't run the converted model.
+        OSError: A file can't be written.
+    """
+    settings.check()
+    check_targets([outfile, mmproj])
+    with tempfile.TemporaryDirectory(dir=outfile.parent, prefix=f".{outfile.name}.") as folder:
+        plain = Path(folder) / outfile.name
+        with AtomicFiles([mmproj, outfile]) as files:
+            result = convert(directory, plain, files.path(mmproj), outtype, progress=progress)
+            chosen = _calibrated(plain, files.path(mmproj), settings, progress)
+            made = _lazy_copy(plain, files.path(outfile), chosen.leaders, settings.mode, keep_qk, chosen, progress)
+            files.commit()
+    leaders, size = made
+    written = ConversionResult(
+        outfile, mmproj, result.arch, result.n_layer, leaders, size, mmproj.stat().st_size, result.warnings
+    )
+    return written, chosen
+
+
+def make_lazy(
+    model: Path,
+    outfile: Path,
+    lazy_layers: str | Sequence[int] = (),
+    lazy_mode: str = "visual",
+    keep_qk: bool = False,
+    settings: CalibrationSettings | None = None,
+    mmproj_in: Path | None = None,
+    progress: bool = False,
+) -> tuple[ConversionResult, Calibration | None]:
+    """Copies a text GGUF with lazy layers given or chosen; its weights stay as they are, quantised ones too.
+
+    Args:
+        model: Text GGUF.
+        outfile: Text GGUF to write.
+        lazy_layers: Layer numbers or a specification; with ``settings`` they are chosen instead.
+        lazy_mode: ``visual`` or ``global``; with ``settings`` it is theirs.
+        keep_qk: As for ``convert``.
+        settings: How layers are chosen, or None.
+        mmproj_in: Vision GGUF of the model; needed with ``settings``.
+        progress: Show progress bars on stderr.
+
+    Returns:
+        What was written (no mmproj), and what the choice rests on.
+
+    Raises:
+        ConversionError: A damaged file, no images, or a budget that can't be met.
+        ValueError: An argument is invalid.
+        QCacheError: The runtime can't run the model.
+        OSError: A file can't be read or written.
+    """
+    mode = settings.mode if settings else lazy_mode
+    if mode not in MODES:
+        raise ValueError(f"lazy_mode {mode!r} isn't one of {', '.join(MODES)}")
+    check_targets([outfile])
+    reader = open_text_gguf(model)
+    chosen = None
+    if settings is not None:
+        settings.check()
+        if mmproj_in is None:
+            raise ValueError("calibration shows images to the model: name its mmproj with --mmproj-in")
+        chosen = _calibrated(model, mmproj_in, settings, progress)
+        leaders: Sequence[int] = chosen.leaders
+    else:
+        layers = parse_layers(lazy_layers, n_layers(reader)) if isinstance(lazy_layers, str) else list(lazy_layers)
+        leaders = leaders_of(layers, n_layers(reader))
+    with AtomicFiles([outfile]) as files:
+        made = _lazy_copy(model, files.path(outfile), leaders, mode, keep_qk, chosen, progress)
+        files.commit()
+    return ConversionResult(outfile, None, architecture(reader), n_layers(reader), *made, 0, ()), chosen
+
+
+def _calibrated(model: Path, mmproj: Path, settings: CalibrationSettings, progress: bool) -> Calibration:
+    """Loads a model with every layer full and chooses its lazy layers."""
+    try:
+        from ggml_qcache import Llama
+    except ImportError as error:
+        raise ConversionError(f"calibration runs the model, and the runtime can't be imported: {error}") from error
+
+    with contextlib.closing(Llama(str(model), mmproj_path=str(mmproj), lazy_layers="none", n_ctx=0)) as llm:
+        return calibrate(llm, settings, progress=progress)
+
+
+def _lazy_copy(
+    source: Path,
+    target: Path,
+    leaders: Sequence[int],
+    mode: str,
+    keep_qk: bool,
+    chosen: Calibration | None,
+    progress: bool,
+) -> tuple[tuple[int, ...], int]:
+    """Writes the copy; returns its leaders and its size in bytes."""
+    reader = open_text_gguf(source)
+    lazy = [layer for layer, leader in enumerate(leaders) if leader != layer]
+
+    def keys(writer: GGUFWriter) -> None:
+        add_lazy_keys(writer, lazy, mode, len(leaders))
+        if chosen is not None:
+            add_calibration_keys(writer, chosen)
+
+    total = sum(tensor.data.nbytes for tensor in reader.tensors)
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="writing", disable=not progress) as bar:
+        copy_with_keys(reader, target, keys, lazy if mode == "global" and not keep_qk else (), bar.update)
+    return tuple(leaders), target.stat().st_size

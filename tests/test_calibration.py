@@ -1,0 +1,273 @@
+"""Choosing lazy layers from data: the measures against NumPy, the search against brute force, the command end to end."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from core_helpers import CoreModels, make_context, make_prompt
+from gguf import GGUFReader
+from hf_models import build_llava
+from ref_torch import reference_logits
+from tiny_llava import N_LAYER, load, picture, tiny_llava
+
+from ggml_qcache import Llama
+from ggml_qcache_convert import leaders_of
+from ggml_qcache_convert.calibration import CalibrationSettings, calibrate, measure
+from ggml_qcache_convert.calibration.attention import js_divergence, kl_divergence, log_softmax, sharing_errors
+from ggml_qcache_convert.calibration.calibrate import Runner
+from ggml_qcache_convert.calibration.samples import choose_pairs
+from ggml_qcache_convert.calibration.select import by_cost, by_descent, by_divergence, by_threshold
+from ggml_qcache_convert.cli import main
+
+BUDGET = 0.08  # of KV bytes: the tiny model's images are a quarter of its prompts
+SETTINGS = {"images": [picture(0), picture(1)], "n_samples": 3, "n_answer": 4, "n_other_rows": 6, "budget": BUDGET}
+
+
+def plans(n_layer: int) -> list[list[int]]:
+    """Leaders of every plan with a full layer 0."""
+    layers = range(1, n_layer)
+    return [leaders_of(lazy, n_layer) for n in range(n_layer) for lazy in itertools.combinations(layers, n)]
+
+
+def n_lazy(leaders: list[int]) -> int:
+    return sum(leader != layer for layer, leader in enumerate(leaders))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_dynamic_programming_finds_what_brute_force_finds(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n_layer = int(rng.integers(2, 9))
+    cost = np.triu(rng.random((n_layer, n_layer)) ** 3, 1)
+    for wanted in range(n_layer):
+        allowed = [plan for plan in plans(n_layer) if n_lazy(plan) >= wanted]
+        totals = [sum(cost[leader, layer] for layer, leader in enumerate(plan)) for plan in allowed]
+        best = by_cost(cost, wanted)
+        assert n_lazy(best) >= wanted
+        assert sum(cost[leader, layer] for layer, leader in enumerate(best)) == pytest.approx(min(totals), abs=1e-12)
+
+
+def test_the_papers_rule() -> None:
+    divergence = [0.0, 0.5, 0.1, 0.2, 0.6, 0.1]
+    assert by_threshold(divergence, 0.3) == [0, 1, 1, 1, 4, 4]
+    assert by_threshold(divergence, 0.1) == [0, 1, 2, 3, 4, 5]
+    assert by_divergence(divergence, 1) == [0, 1, 2, 3, 4, 4]  # of equals the deeper one is lazy
+    assert by_divergence(divergence, 3) == by_threshold(divergence, 0.3)
+
+
+def test_descent_ends_where_no_swap_helps() -> None:
+    target = [0, 1, 1, 3, 3, 5]
+
+    def loss(leaders: list[int], _to_beat: float) -> float:
+        return float(sum(a != b for a, b in zip(leaders, target)))
+
+    assert by_descent([0, 0, 0, 3, 4, 5], loss) == (target, 0.0)
+    assert by_descent([0, 0, 0, 0], loss)[0] == [0, 0, 0, 0]  # nothing to swap
+
+
+def test_divergences_by_definition() -> None:
+    rng = np.random.default_rng(3)
+    p, q = rng.dirichlet(np.full(9, 0.3), (2, 4, 5)).astype(np.float32)
+    p[0, 0] = np.eye(9)[0]
+    q[0, 0] = np.eye(9)[1]
+    expected = np.zeros((4, 5))
+    for at in np.ndindex(4, 5):
+        for a, b in zip(p[at].astype(float), q[at].astype(float)):
+            for x in (a, b):
+                expected[at] += x * np.log(2 * x / (a + b)) / 2 if x > 0 else 0.0
+    np.testing.assert_allclose(js_divergence(p, q), expected, rtol=1e-5, atol=1e-7)
+    assert js_divergence(p, q)[0, 0] == pytest.approx(np.log(2))
+    a, b = rng.normal(size=(2, 3, 7))
+    pa, pb = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (a, b))
+    np.testing.assert_allclose(kl_divergence(log_softmax(a), log_softmax(b)), (pa * np.log(pa / pb)).sum(-1))
+
+
+@pytest.mark.parametrize("mode", ["visual", "global"])
+def test_sharing_error_is_what_the_lazy_layer_would_do(core_models: CoreModels, mode: str) -> None:
+    # PyTorch with one lazy layer: what comes before it is untouched, so its attention output is the one predicted
+    model = core_models["llama-gqa-32"]
+    prompt = make_prompt(model.native, "t7 v21 t9")
+    n_layer, rows = model.native.info.n_layer, np.array([5, 12, 27, 28, 36])
+
+    def layers_of(leaders: list[int]) -> list[dict[str, np.ndarray]]:
+        layers: list[dict[str, np.ndarray]] = []
+        reference_logits(model.hf, model.embeddings(prompt), torch.from_numpy(prompt.visual), leaders, mode, layers=layers)
+        return layers
+
+    with make_context(model.native) as context:
+        context.capture_start("scores")
+        context.decode(prompt.tokens, prompt.embeddings, modality=prompt.visual, logits=np.isin(np.arange(len(prompt)), rows))
+
+        def scores(layer: int) -> np.ndarray:
+            out = np.full((len(rows), model.native.info.n_head, len(prompt)), -np.inf, np.float32)
+            for i, row in enumerate(rows):
+                out[i, :, : row + 1] = context.captured("scores", layer, row)
+            return out
+
+        errors = sharing_errors(scores, context.seq_v, prompt.visual[rows], prompt.visual, mode, n_layer)
+    untouched = layers_of(list(range(n_layer)))
+    for leader, layer in ((0, 1), (1, 4), (4, 5), (0, 7)):
+        # the layers between are their leader's too: only the last of them is looked at, at what the untouched model feeds it
+        if layer == leader + 1:
+            lazy = layers_of([leader if il == layer else il for il in range(n_layer)])[layer]["attn"][rows]
+        else:
+            probs = untouched[leader]["scores"], untouched[layer]["scores"]
+            v = untouched[layer]["v"].repeat(model.native.info.n_head // model.native.info.n_head_kv, 0)
+            inherits = prompt.visual[:, None] | prompt.visual[None, :] if mode == "visual" else np.ones((len(prompt),) * 2, bool)
+            mixed = np.where(inherits[:, None, :], *probs)
+            mixed[np.broadcast_to(np.triu(np.ones((len(prompt),) * 2, bool), 1)[:, None, :], mixed.shape)] = -np.inf
+            weights = np.exp(mixed - mixed.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            lazy = np.einsum("thk,hkd->thd", weights, v)[rows]
+        own = untouched[layer]["attn"][rows]
+        expected = (((lazy - own) ** 2).sum((1, 2)) / (own**2).sum((1, 2))).mean()
+        assert errors[leader, layer] == pytest.approx(expected, rel=1e-3)
+    assert not np.tril(errors).any()
+
+
+def test_pairs_use_every_image_before_any_again() -> None:
+    pairs = choose_pairs(["a", "b", "c"], ["x", "y"], 5, seed=1)
+    assert len(set(pairs)) == 5 and sorted(image for image, _ in pairs[:3]) == ["a", "b", "c"]
+    assert len(choose_pairs(["a"], ["x", "y"], 9, seed=1)) == 2
+    assert pairs == choose_pairs(["a", "b", "c"], ["x", "y"], 5, seed=1)
+
+
+@pytest.mark.parametrize("mode", ["visual", "global"])
+def test_plans_meet_the_budget_and_loss_is_best(mode: str) -> None:
+    with load(lazy_layers="none") as llm:
+        settings = {metric: CalibrationSettings(metric=metric, mode=mode, **SETTINGS) for metric in ("js", "output", "loss")}
+        measured = measure(llm, settings["js"])
+        chosen = {metric: calibrate(llm, settings[metric], measured) for metric in settings}
+        repeated = calibrate(llm, settings["output"])
+        fewer = leaders_of(range(1, n_lazy(chosen["js"].leaders)), N_LAYER)
+        assert Runner(llm, mode).kv_saved(fewer, measured.samples) < BUDGET
+    for calibration in chosen.values():
+        assert calibration.kv_saved >= BUDGET and calibration.logits_kl > 0
+    assert chosen["loss"].logits_kl <= min(chosen["js"].logits_kl, chosen["output"].logits_kl) + 1e-9
+    assert by_threshold(measured.js_divergence, chosen["js"].threshold) == chosen["js"].leaders
+    assert (repeated.leaders, repeated.logits_kl) == (chosen["output"].leaders, chosen["output"].logits_kl)
+    assert 0 <= measured.js_divergence.min() and measured.js_divergence.max() <= np.log(2)
+
+
+def test_saved_bytes_are_those_of_the_cache() -> None:
+    leaders = leaders_of([2, 3, 5, 6, 7], N_LAYER)
+    with load(lazy_layers="none") as llm:
+        measured = measure(llm, CalibrationSettings(**SETTINGS))
+        runner = Runner(llm, "visual")
+        kept = full = 0
+        with runner.context(leaders) as context:
+            for sample in measured.samples:
+                runner.decode(context, sample, sample.rows)
+                kept += context.kv_usage()["bytes"]
+                full += context.kv_usage()["bytes_if_full"]
+        assert runner.kv_saved(leaders, measured.samples) == pytest.approx(1 - kept / full)
+        assert runner.kl(list(range(N_LAYER)), measured) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three images and a file that is none."""
+    folder = tmp_path_factory.mktemp("images")
+    for seed in range(3):
+        picture(seed).save(folder / f"{seed}.png")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def keys_of(path: Path) -> dict[str, object]:
+    """The qcache keys of a GGUF."""
+    fields = GGUFReader(path).fields
+    return {name: field.contents() for name, field in fields.items() if name.startswith("qcache.")}
+
+
+@pytest.mark.parametrize("mode", ["visual", "global"])
+def test_command(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], mode: str) -> None:
+    build_llava(tmp_path / "hf", n_layer=6)
+    arguments = ["--lazy-layers", "auto", "--lazy-mode", mode, "--lazy-budget", str(BUDGET), "--calibration-images", str(images)]
+    arguments += ["--calibration-samples", "3", "--seed", "7", "--lazy-metric", "output"]
+    one, two, mm = tmp_path / "1.gguf", tmp_path / "2.gguf", tmp_path / "mm.gguf"
+    for outfile in (one, two):
+        assert main([str(tmp_path / "hf"), "--outfile", str(outfile), "--mmproj", str(mm), *arguments]) == 0
+    output = capsys.readouterr()
+    assert f"{mode} mode" in output.out and "chosen by output on 3 samples" in output.out
+    assert "calibrating: 100%" in output.err
+    keys = keys_of(one)
+    assert keys == keys_of(two)
+    assert keys["qcache.lazy.mode"] == mode and n_lazy(keys["qcache.lazy.leader"]) > 0
+    assert len(keys["qcache.lazy.js_divergence"]) == 6 and keys["qcache.lazy.js_divergence"][0] == 0
+    expected = {"metric": "output", "samples": 3, "seed": 7, "budget": np.float32(BUDGET)}
+    assert {name: keys[f"qcache.calibration.{name}"] for name in expected} == expected
+    assert keys["qcache.calibration.kv_saved"] >= BUDGET
+    names = {tensor.name for tensor in GGUFReader(one).tensors}
+    for layer, leader in enumerate(keys["qcache.lazy.leader"]):
+        assert (f"blk.{layer}.attn_q.weight" in names) == (leader == layer or mode == "visual")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.gguf", "2.gguf", "hf", "mm.gguf"]
+    with Llama(str(one), mmproj_path=str(mm), n_ctx=128) as llm:
+        assert list(llm.lazy.leader) == keys["qcache.lazy.leader"]
+
+
+def test_command_on_a_gguf(tmp_path: Path, images: Path) -> None:
+    files = tiny_llava()
+    arguments = ["--calibration-images", str(images), "--calibration-samples", "2", "--quiet"]
+    lazy, given, off = tmp_path / "lazy.gguf", tmp_path / "given.gguf", tmp_path / "off.gguf"
+    source = [files.visual, "--mmproj-in", files.mmproj]  # its own lazy layers don't count
+    assert main([*source, "--outfile", str(lazy), "--lazy-layers", "auto", "--lazy-threshold", "0.6", *arguments]) == 0
+    keys = keys_of(lazy)
+    assert keys["qcache.calibration.metric"] == "js" and "qcache.calibration.budget" not in keys
+    assert keys["qcache.lazy.leader"] == by_threshold(keys["qcache.lazy.js_divergence"], 0.6)
+    assert main([files.visual, "--outfile", str(given), "--lazy-layers", "3-4", "--quiet"]) == 0
+    assert keys_of(given)["qcache.lazy.leader"] == leaders_of([3, 4], N_LAYER)
+    assert main([files.visual, "--outfile", str(off), "--quiet"]) == 0
+    assert keys_of(off) == {}
+    before, after = GGUFReader(files.visual), GGUFReader(off)
+    assert [tensor.name for tensor in before.tensors] == [tensor.name for tensor in after.tensors]
+    assert all(np.array_equal(a.data, b.data) for a, b in zip(before.tensors, after.tensors))
+    assert set(before.fields) - set(after.fields) == set(keys_of(Path(files.visual)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lazy-layers", "auto"], "name a folder of them with --calibration-images DIR"),
+        (["--lazy-layers", "2", "--lazy-budget", "0.2"], "--lazy-budget goes with --lazy-layers auto"),
+        (["--lazy-layers", "auto", "--calibration-images", "nowhere"], "nowhere: isn't a directory"),
+        (["--lazy-layers", "auto", "--calibration-images", "EMPTY"], "has no images"),
+        (["--lazy-layers", "auto", "--calibration-images", "IMAGES", "--lazy-budget", "1.5"], "lazy_budget 1.5"),
+        (["--lazy-layers", "auto", "--calibration-images", "IMAGES", "--lazy-budget", "0.49"], "can't be met: in visual mode 7"),
+        (
+            ["--lazy-layers", "auto", "--calibration-images", "IMAGES", "--lazy-budget", ".2", "--lazy-threshold", ".2"],
+            "give one of them",
+        ),
+        (
+            ["--lazy-layers", "auto", "--calibration-images", "IMAGES", "--lazy-threshold", "0.2", "--lazy-metric", "loss"],
+            "a threshold goes with the metric js",
+        ),
+        (["--lazy-layers", "auto", "--calibration-images", "IMAGES", "--calibration-samples", "0"], "n_samples 0"),
+        (["--outtype", "q8_0"], "--outtype goes with a Hugging Face directory"),
+    ],
+)
+def test_command_refuses(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    places = {"IMAGES": str(images), "EMPTY": str(tmp_path / "empty")}
+    files = tiny_llava()
+    outfile = tmp_path / "o.gguf"
+    given = [files.plain, "--mmproj-in", files.mmproj, "--outfile", str(outfile), *(places.get(a, a) for a in arguments)]
+    assert main(given) == 1
+    assert message in capsys.readouterr().err
+    assert not outfile.exists()
+
+
+def test_command_refuses_files_it_cannot_read(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF and nothing")
+    assert main([str(tmp_path / "bad.gguf"), "--outfile", str(tmp_path / "o.gguf")]) == 1
+    assert "is truncated or damaged" in capsys.readouterr().err
+    assert main([tiny_llava().mmproj, "--outfile", str(tmp_path / "o.gguf")]) == 1
+    assert "isn't a text model" in capsys.readouterr().err
+    auto = ["--lazy-layers", "auto", "--calibration-images", str(images)]
+    assert main([tiny_llava().plain, "--outfile", str(tmp_path / "o.gguf"), *auto]) == 1
+    assert "--mmproj-in" in capsys.readouterr().err
+    assert main([tiny_llava().global_, "--outfile", str(tmp_path / "o.gguf")]) == 1
+    assert "was lazy in global mode" in capsys.readouterr().err
