@@ -1,0 +1,147 @@
+"""The benchmarks: their models load in both engines and agree, a tiny run gives what is promised, the report renders."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import bench_decode
+import report
+from engines import LlamaCppEngine, LlamaCppModel, QcacheEngine
+from make_model import PRESETS, make_model
+
+from ggml_qcache.native import Model
+
+SHRINK = {"llava-1.5-7b": 16, "llava-1.5-13b": 20, "llava-next-mistral-7b": 8, "llava-onevision-0.5b": 2, "llava-onevision-7b": 4}
+# f16 differs in how attention rounds; quantised weights meet activations of eight bits, rounded the other way now and then
+NMSE = {"f32": 1e-5, "f16": 1e-5, "q8_0": 1e-3, "q4_0": 1e-3, "q4_k": 1e-3, "q6_k": 1e-3}
+
+
+def both_logits(path: Path, n_tokens: int = 48) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of the last token in llama.cpp and in ours."""
+    peer, ours = LlamaCppModel(path), Model(path)
+    prompt = bench_decode.make_prompt(n_tokens, ours.info.n_vocab, seed=3)
+    _, theirs = LlamaCppEngine(peer, False, "f16", "f16", 1).prefill(prompt)
+    _, logits = QcacheEngine(ours, "none", (), "f16", 1).prefill(prompt)
+    peer.close()
+    ours.close()
+    return theirs, logits
+
+
+def assert_same_logits(path: Path, weight_type: str) -> None:
+    theirs, ours = both_logits(path)
+    nmse = np.mean((theirs - ours) ** 2) / np.mean(theirs**2)
+    print(f"NMSE {nmse:.1e}, logits of spread {theirs.std():.2f}")
+    assert 0.05 < theirs.std() < 50
+    assert nmse <= NMSE[weight_type]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_in_both_engines(tmp_path: Path, preset: str) -> None:
+    path = tmp_path / "m.gguf"
+    shapes = make_model(preset, path, n_layer=2, weight_type="q8_0", shrink=SHRINK[preset])
+    assert shapes.n_head // shapes.n_head_kv == PRESETS[preset].n_head // PRESETS[preset].n_head_kv
+    assert shapes.head_dim == PRESETS[preset].head_dim
+    assert_same_logits(path, "q8_0")
+
+
+@pytest.mark.parametrize("weight_type", ["f32", "f16", "q4_0", "q4_k", "q6_k"])
+def test_types_in_both_engines(tmp_path: Path, weight_type: str) -> None:
+    path = tmp_path / "m.gguf"
+    make_model("llava-1.5-7b", path, n_layer=2, weight_type=weight_type, shrink=16)
+    assert_same_logits(path, weight_type)
+
+
+def test_model_is_reproducible(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        make_model("llava-1.5-7b", tmp_path / name, n_layer=1, shrink=16, seed=seed)
+    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize("arguments", [{"preset": "llava-9"}, {"weight_type": "q1"}, {"n_layer": 0}, {"shrink": 0}])
+def test_model_refusals(tmp_path: Path, arguments: dict) -> None:
+    with pytest.raises(ValueError, match=str(next(iter(arguments.values())))):
+        make_model(**{"preset": "llava-1.5-7b", "out": tmp_path / "m.gguf", **arguments})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lazy", bench_decode.LAZY)
+def test_repeated_sequences_own_their_blocks(tmp_path: Path, lazy: str) -> None:
+    path = tmp_path / "m.gguf"
+    make_model("llava-1.5-7b", path, n_layer=4, shrink=16)
+    with Model(path) as model:
+        leaders = bench_decode.three_quarters_lazy(4)
+        engine = QcacheEngine(model, lazy, leaders, "f16", 1)
+        _, logits = engine.prefill(bench_decode.make_prompt(70, model.info.n_vocab, seed=3))
+        same = engine.session(70, 1, 4)
+        tokens = np.array([301, 301, 301], np.int32)
+        same.step(tokens[:1])
+        three = engine.session(70, 3, 4)
+        three.step(tokens)
+        assert three.kv_bytes() == 3 * same.kv_bytes()
+        for row in range(3):
+            np.testing.assert_allclose(three._context.logits(row), same._context.logits(), rtol=1e-3, atol=1e-3)
+        longer = engine.session(200, 2, 4)
+        longer.step(tokens[:2])
+        assert longer._context.seq_len(0) == longer._context.seq_len(1) == 201
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The JSON of a tiny run."""
+    folder = tmp_path_factory.mktemp("bench")
+    make_model("llava-1.5-7b", folder / "m.gguf", n_layer=4, shrink=16)
+    status = bench_decode.main(
+        [
+            "--model", str(folder / "m.gguf"), "--contexts", "64,160", "--seqs", "1,2", "--steps", "3", "--threads", "1",
+            "--prefill", "48", "--json", str(folder / "r.json"),
+        ]
+    )  # fmt: skip
+    assert status == 0
+    return folder / "r.json"
+
+
+def test_decode_result(result: Path) -> None:
+    content = json.loads(result.read_text())
+    assert {"commit", "machine", "versions", "command", "read_bandwidth", "prefill", "load_seconds", "rows"} <= set(content)
+    rows = content["rows"]
+    assert len(rows) == 2 * 2 * (4 + 3)
+    promised = {"context", "n_seq", "lazy", "ms_per_step", "ratio_peer", "ratio_lazy_off", "kv_bytes", "kv_gbps"}
+    assert all(promised <= set(row) and row["ms_per_step"] > 0 and row["kv_bytes"] > 0 for row in rows)
+    for context in (64, 160):
+        case = [row for row in rows if row["context"] == context and row["n_seq"] == 2]
+        (peer,) = (row for row in case if row["lazy"] is None and row["ratio_peer"] == 1)
+        assert all(row["peer"] == peer["setting"] for row in case)
+        size = {row["lazy"]: row["kv_bytes"] for row in case if row["lazy"]}
+        assert size["global"] < size["visual"] < size["none"]
+
+
+def test_decode_refusals(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"nothing")
+    assert bench_decode.main(["--model", str(tmp_path / "m.gguf")]) == 1
+    assert "bench_decode: error: " in capfd.readouterr().err
+    for arguments in (["--contexts", "8"], ["--lazy", "some"], ["--seqs", "0"]):
+        with pytest.raises(SystemExit):
+            bench_decode.main(arguments)
+
+
+def test_report(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("matplotlib")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert report.main([str(result), "--png", str(tmp_path / "p.png"), "--write", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| 160 | 2 | ggml-qcache, lazy global, f16 |" in text
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert report.main([str(result)]) == 0
+    assert capsys.readouterr().out.strip() in text
+    readme.write_text("no markers")
+    assert report.main([str(result), "--write", str(readme)]) == 1
+    (tmp_path / "x.json").write_text("{}")
+    assert report.main([str(tmp_path / "x.json")]) == 1
