@@ -20,8 +20,8 @@ from rich.table import Table
 
 HERE = Path(__file__).parent / "mini-llava"
 
-# 11 of the 16 layers, found greedily on training scenes: see README, "Which layers"
-LAZY_LAYERS = "2-5,7-10,12-14"
+# what `convert_to_gguf --lazy-layers auto --lazy-metric loss --lazy-budget 0.2` chose on 12 training scenes
+LAZY_LAYERS = "1-3,6-7,9-11,13,15"
 LAZY_MODE = "visual"
 
 
