@@ -7,8 +7,8 @@ layer is followed by copies of it that add nothing at first (their output projec
 The checkpoint is exported to ``model/``, at full depth, at every evaluation, and training goes on from ``--checkpoint``
 where that file exists.
 
-    python train.py                      # CPU, two free cores: about 90 minutes; a GPU is used if there is one, untested
-    python train.py --minutes 78         # stage 2 by the clock: the schedule ends after 78 minutes, whatever the speed
+    python train.py                      # CPU, hours; a GPU is used if there is one (neither tried from start to end)
+    python train.py --minutes 90         # stage 2 by the clock: the schedule ends after 90 minutes, whatever the speed
 """
 
 from __future__ import annotations
