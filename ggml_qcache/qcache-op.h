@@ -40,7 +40,7 @@ struct qcache_attn_seq {
 struct qcache_attn_row {
     int32_t seq;      // index into seqs
     int32_t pos;      // position; the row attends to keys 0 .. pos
-    int32_t q_own;    // row in the own Q tensor, -1 where the row inherits everything
+    int32_t q_own;    // row in the own Q tensor; read only where the layer needs an own query for this row
     int32_t block;    // index in seqs[seq].blocks of the block that holds position pos
     int8_t  modality; // enum qcache_modality
 };
