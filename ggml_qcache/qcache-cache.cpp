@@ -8,6 +8,11 @@
 #include <algorithm>
 #include <cstring>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 static size_t align_up(size_t size) {
     const size_t alignment = 64; // a cache line, and no vector load crosses two layers
     return (size + alignment - 1) / alignment * alignment;
@@ -38,6 +43,21 @@ qcache_cache::qcache_cache(qcache_layout layout, ggml_backend_buffer_type_t buft
     lay(std::move(layout)), buft(buft), mgr(n_seq_max, lay.n_block_tokens, lay.block_bytes, bytes_max),
     fingerprint(std::move(fingerprint)) {}
 
+// Memory of one block, uninitialised; NULL where there is none. A kernel reads one head's few KB out of each layer of
+// each block, so with 4 KB pages nearly every one of these reads would miss the TLB: large pages where they fit.
+static ggml_backend_buffer_ptr new_block(ggml_backend_buffer_type_t buft, size_t n_bytes) {
+    ggml_backend_buffer_ptr buffer(ggml_backend_buft_alloc_buffer(buft, n_bytes));
+#if defined(__linux__)
+    if (buffer && ggml_backend_buft_is_host(buft) && n_bytes >= (2u << 20)) {
+        const uintptr_t page  = (uintptr_t) sysconf(_SC_PAGESIZE);
+        const uintptr_t start = (uintptr_t) ggml_backend_buffer_get_base(buffer.get());
+        const uintptr_t first = (start + page - 1) / page * page;
+        madvise((void *) first, (start + n_bytes - first) / page * page, MADV_HUGEPAGE); // advice: failure costs speed only
+    }
+#endif
+    return buffer;
+}
+
 bool qcache_cache::sync() {
     bool ok = true;
     memory.resize(mgr.n_ids() > (int32_t) memory.size() ? mgr.n_ids() : memory.size());
@@ -51,7 +71,7 @@ bool qcache_cache::sync() {
     }
     for (const int32_t id : changed) {
         if (ok && id < mgr.n_ids() && mgr.used(id) && !memory[id]) {
-            memory[id].reset(ggml_backend_buft_alloc_buffer(buft, lay.block_bytes[mgr.modality(id)]));
+            memory[id] = new_block(buft, lay.block_bytes[mgr.modality(id)]);
             ok = memory[id] != nullptr;
             if (ok) {
                 ggml_backend_buffer_clear(memory[id].get(), 0);
@@ -261,7 +281,7 @@ enum qcache_status qcache_cache::read_state(const uint8_t * data, size_t size, i
     std::vector<ggml_backend_buffer_ptr> fresh(n_blocks);
     for (int32_t id = 0; id < n_blocks; id++) {
         const size_t block_bytes = lay.block_bytes[modality[id]];
-        fresh[id].reset(ggml_backend_buft_alloc_buffer(buft, block_bytes));
+        fresh[id] = new_block(buft, block_bytes);
         if (!fresh[id]) {
             return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot allocate %zu bytes of KV for a saved state", bytes);
         }
