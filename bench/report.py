@@ -1,7 +1,7 @@
-"""Tables and a chart from the JSON files of bench_decode.
+"""Tables and charts from the JSON files of bench_decode and bench_quality.
 
-`--write README.md` replaces what lies between `<!-- bench:decode -->` and `<!-- /bench:decode -->` there: the numbers of the
-README come from nowhere else.
+`--write README.md` replaces what lies between `<!-- bench:decode -->` and `<!-- /bench:decode -->` there, and likewise for
+`bench:quality`: the numbers of the README come from nowhere else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- bench:decode -->", "<!-- /bench:decode -->"
+import quality_report
+
+KINDS = ("decode", "quality")
 _COLUMNS = (
     "context", "sequences", "method", "ms per step", "IQR", "tokens/s", "KV MB", "KV GB/s", "of bandwidth",
     "x llama.cpp's best", "x lazy off",
@@ -24,19 +26,21 @@ def load(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """Reads results.
 
     Raises:
-        ValueError: A file isn't a result of bench_decode.
+        ValueError: A file isn't a result of bench_decode or bench_quality.
     """
     results = []
     for path in paths:
         content = json.loads(path.read_text())
-        if not isinstance(content, dict) or content.get("benchmark") != "decode":
-            raise ValueError(f"{path} is not a result of bench_decode")
+        if not isinstance(content, dict) or content.get("benchmark") not in KINDS:
+            raise ValueError(f"{path} is not a result of bench_decode or bench_quality")
         results.append(content)
     return results
 
 
 def markdown(result: dict[str, Any]) -> str:
     """One result as tables, with what it was measured on."""
+    if result["benchmark"] == "quality":
+        return "\n".join([quality_report.facts(result), "", *_table(quality_report.COLUMNS, quality_report.cells(result))])
     machine, versions, model = result["machine"], result["versions"], result["model"]
     lines = [
         f"{model['file']}: {model['architecture']}, {model['n_layer']} layers, {model['n_head']} heads, {model['n_head_kv']} KV heads of "
@@ -72,7 +76,7 @@ def _decode_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    align = ["---" if column == "method" else "---:" for column in columns]
+    align = ["---" if column in ("method", "mode") else "---:" for column in columns]
     return [f"| {' | '.join(cells)} |" for cells in (columns, align, *rows)]
 
 
@@ -94,15 +98,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def replace_between_markers(path: Path, text: str) -> bool:
-    """Puts a text between the markers of a file; returns whether it has them."""
-    content = path.read_text()
-    before, begin, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        return False
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-    return True
+def replace_between_markers(path: Path, kind: str, text: str) -> None:
+    """Puts a text between the markers of a file.
+
+    Raises:
+        ValueError: The file doesn't have them.
+    """
+    begin, end = f"<!-- bench:{kind} -->", f"<!-- /bench:{kind} -->"
+    before, found_begin, rest = path.read_text().partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"{path} has no {begin} ... {end}")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,22 +122,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 1 failed.
     """
     results = Path(__file__).parent / "results"
-    parser = argparse.ArgumentParser(description="Show results of bench_decode as markdown and a chart.")
+    parser = argparse.ArgumentParser(description="Show benchmark results as markdown and charts.")
     parser.add_argument("files", type=Path, nargs="*", metavar="JSON", help="results (default: bench/results/*.json)")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the last result there")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the last result of bench_decode there")
+    parser.add_argument("--pareto", type=Path, metavar="FILE", help="draw the last result of bench_quality there")
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the part between the markers of this file")
     args = parser.parse_args(argv)
     try:
         loaded = load(args.files or sorted(results.glob("*.json")))
         if not loaded:
             raise ValueError(f"no results in {results}")
-        text = "\n\n".join(map(markdown, loaded))
-        if args.png is not None:
-            draw(loaded[-1], args.png)
-        if args.write is None:
-            print(text)
-        elif not replace_between_markers(args.write, text):
-            raise ValueError(f"{args.write} has no {BEGIN} ... {END}")
+        by_kind = {kind: [result for result in loaded if result["benchmark"] == kind] for kind in KINDS}
+        if args.png is not None and by_kind["decode"]:
+            draw(by_kind["decode"][-1], args.png)
+        if args.pareto is not None and by_kind["quality"]:
+            quality_report.draw(by_kind["quality"][-1], args.pareto)
+        for kind, of_kind in by_kind.items():
+            text = "\n\n".join(map(markdown, of_kind))
+            if of_kind and args.write is None:
+                print(text)
+            elif of_kind:
+                replace_between_markers(args.write, kind, text)
     except (ValueError, OSError) as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 1

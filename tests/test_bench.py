@@ -133,7 +133,7 @@ def test_decode_refusals(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
 def test_report(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("matplotlib")
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme.write_text("before\n<!-- bench:decode -->\nold\n<!-- /bench:decode -->\nafter\n")
     assert report.main([str(result), "--png", str(tmp_path / "p.png"), "--write", str(readme)]) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text

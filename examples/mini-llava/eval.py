@@ -81,28 +81,43 @@ def evaluate(answer: Answerer, n_scenes: int = 1000, first_seed: int = 0, batch:
         ``wrong``, the mistakes as ``(seed, task, question, expected, answer)``.
     """
     tests = test_set(n_scenes, first_seed)
-    result: dict = {"scenes": n_scenes, "first_seed": first_seed, "tasks": {}, "caption": {}, "wrong": []}
+    answers: list[str] = [""] * len(tests)
     for task in TASKS:
-        mine = [t for t in tests if t[1] == task]
-        answers: list[str] = []
+        mine = [i for i, test in enumerate(tests) if test[1] == task]
         for at in tqdm(range(0, len(mine), batch), desc=task, leave=False):
             part = mine[at : at + batch]
-            answers += answer([(render(make_scene(seed, "heldout")), question) for seed, _, question, _ in part])
-        right = [is_right(a, expected) for a, (*_, expected) in zip(answers, mine, strict=True)]
+            asked = [(render(make_scene(tests[i][0], "heldout")), tests[i][2]) for i in part]
+            for i, said in zip(part, answer(asked), strict=True):
+                answers[i] = said
+    return {"scenes": n_scenes, "first_seed": first_seed, **score(tests, answers)}
+
+
+def score(tests: list[tuple[int, str, str, str]], answers: list[str]) -> dict:
+    """Scores answers to questions of ``test_set``.
+
+    Returns:
+        What ``evaluate`` returns but ``scenes`` and ``first_seed``; tasks without a question are left out.
+    """
+    result: dict = {"tasks": {}, "caption": {}, "wrong": []}
+    for task in TASKS:
+        mine = [(test, said) for test, said in zip(tests, answers, strict=True) if test[1] == task]
+        if not mine:
+            continue
+        right = [is_right(said, test[3]) for test, said in mine]
         share = sum(right) / len(right)
-        commonest = collections.Counter(expected for *_, expected in mine).most_common(1)[0][1]
+        commonest = collections.Counter(test[3] for test, _ in mine).most_common(1)[0][1]
         result["tasks"][task] = {
             "n": len(mine),
             "accuracy": share,
             "stderr": (share * (1 - share) / len(mine)) ** 0.5,
             "commonest_answer": commonest / len(mine),
         }
-        result["wrong"] += [(*test, a) for test, a, ok in zip(mine, answers, right) if not ok]
+        result["wrong"] += [(*test, said) for (test, said), ok in zip(mine, right) if not ok]
         if task == "caption":
-            overlaps = [caption_overlap(a, expected) for a, (*_, expected) in zip(answers, mine)]
-            found, true, invented = (sum(column) for column in zip(*overlaps))
+            found, true, invented = (sum(column) for column in zip(*(caption_overlap(said, test[3]) for test, said in mine)))
             result["caption"] = {"recalled": found / true, "hallucinated": invented / max(1, found + invented)}
-    result["closed_mean"] = sum(result["tasks"][t]["accuracy"] for t in CLOSED_TASKS) / len(CLOSED_TASKS)
+    closed = [result["tasks"][task]["accuracy"] for task in CLOSED_TASKS if task in result["tasks"]]
+    result["closed_mean"] = sum(closed) / len(closed)
     return result
 
 

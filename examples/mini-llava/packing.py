@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from architecture import GRID, PATCHES_PER_CELL, make_tokenizer
-from scenes import COLOURS, SHAPES, SIZES, TASKS, Scene, ask, auxiliary, make_scene, render
+from scenes import COLOURS, SHAPES, SIZES, TASKS, Scene, ask, auxiliary, make_scene, mentions, render
 
 ROWS = 3
 ROW_LENGTH = 128
 IGNORE = -100
 
 # training mixture: counting and relations are the slowest to learn; "auxiliary" is never evaluated
-MIXTURE = {"existence": 1.0, "counting": 1.6, "colour": 1.0, "relation": 1.8, "digit": 0.8, "auxiliary": 1.2}
-CAPTION_WEIGHT = 0.3  # a caption has about fifty times the tokens of a short answer
+MIXTURE = {"existence": 1.4, "counting": 2.2, "colour": 0.8, "relation": 1.8, "digit": 0.4, "auxiliary": 1.0}
+CAPTION_WEIGHT = 0.8  # a caption has about fifty times the tokens of a short answer
 
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
@@ -42,6 +42,8 @@ class Batch:
         weights: f32, same shape: loss weight of a target.
         tasks: i64, same shape: index into TASKS of the answer a target belongs to, -1 where there is none.
         turns: i64, same shape: number of the answer within the sample.
+        grounds: i64, same shape: at the last token of a noun phrase of a question, bit p says whether an object that fits
+            it is at place p; -1 elsewhere.
         patches: i64 [n, 5, 144]: kind, colour, size, digit and place of each patch's cell; IGNORE where undefined.
     """
 
@@ -53,6 +55,7 @@ class Batch:
     weights: torch.Tensor
     tasks: torch.Tensor
     turns: torch.Tensor
+    grounds: torch.Tensor
     patches: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
@@ -91,6 +94,17 @@ def _encode_answer(answer: str) -> tuple[int, ...]:
 def _turn(question: str, answer: str, first: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     before = f"\n{question} ASSISTANT:" if first else f"USER: {question} ASSISTANT:"
     return encode(before), _encode_answer(answer)
+
+
+def _grounds(scene: Scene, question: str, first: bool) -> list[tuple[int, int]]:
+    """For each noun phrase of a question, the index of its last token within the turn and its bits of ``grounds``."""
+    result = []
+    for end, things in mentions(scene, question):
+        # no piece crosses a space, so a text cut at a space gives the same tokens
+        word_end = question.find(" ", end)
+        before = ("\n" if first else "USER: ") + (question if word_end < 0 else question[:word_end])
+        result.append((len(encode(before)) - 1, sum(1 << t.place for t in things)))
+    return result
 
 
 def pixels(scene: Scene) -> np.ndarray:
@@ -143,6 +157,7 @@ def sample(seed: int, split: str, single: bool = False) -> dict[str, np.ndarray]
     weights = np.zeros(shape, np.float32)
     tasks = np.full(shape, -1, np.int64)
     turns = np.zeros(shape, np.int64)
+    grounds = np.full(shape, -1, np.int64)
     n_branches = n_turns = 0
     free = [0] * ROWS  # first free slot of each row
 
@@ -156,13 +171,15 @@ def sample(seed: int, split: str, single: bool = False) -> dict[str, np.ndarray]
         at = free[row]
         positions[row, at : at + length] = np.arange(length)
         branch[row, at : at + length] = n_branches
-        for (task, _, _), (before, answer) in zip(dialogue, encoded):
+        for i, ((task, question, _), (before, answer)) in enumerate(zip(dialogue, encoded)):
             tokens[row, at : at + len(before) + len(answer)] = before + answer
             answers = slice(at + len(before) - 1, at + len(before) + len(answer) - 1)
             targets[row, answers] = answer
             weights[row, answers] = CAPTION_WEIGHT if task == "caption" else 1.0
             tasks[row, answers] = TASKS.index(task) if task in TASKS else -1
             turns[row, answers] = n_turns
+            for token, bits in _grounds(scene, question, first=i == 0):
+                grounds[row, at + token] = bits
             n_turns += 1
             at += len(before) + len(answer)
         free[row] = at
@@ -176,7 +193,7 @@ def sample(seed: int, split: str, single: bool = False) -> dict[str, np.ndarray]
         if dialogue and not place(dialogue):
             misses += 1
     return dict(pixels=pixels(scene), tokens=tokens, positions=positions, branch=branch, targets=targets,
-                weights=weights, tasks=tasks, turns=turns, patches=patch_targets(scene))  # fmt: skip
+                weights=weights, tasks=tasks, turns=turns, grounds=grounds, patches=patch_targets(scene))  # fmt: skip
 
 
 def collate(samples: list[dict[str, np.ndarray]]) -> Batch:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -383,6 +384,31 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
     """
     asked = ((task, ask(scene, task, rng)) for task in TASKS)
     return [(task, *pair) for task, pair in asked if pair]
+
+
+_MENTION = re.compile(
+    rf"(?:({'|'.join(SIZES)}) )?(?:({'|'.join(COLOURS)}) )?({'|'.join(SHAPES)}|shape)s?\b(?! at the)"
+    r"|digit (\d)|(digits)\b"
+)
+
+
+def mentions(scene: Scene, question: str) -> list[tuple[int, list[Thing]]]:
+    """The objects that a question speaks of.
+
+    Returns:
+        For each noun phrase, where it ends in the question and the objects that fit it, none to all.
+    """
+    found = []
+    for m in _MENTION.finditer(question):
+        size, colour, kind, value, digits = m.groups()
+        if digits:
+            things = scene.digits
+        elif value:
+            things = [t for t in scene.digits if t.value == int(value)]
+        else:
+            things = _matches(scene, size, colour, None if kind == "shape" else kind)
+        found.append((m.end(), things))
+    return found
 
 
 def auxiliary(scene: Scene, rng: random.Random) -> tuple[str, str]:

@@ -2,10 +2,9 @@
 
 Stage 1 teaches the vision tower what lies in each patch's cell (the stand-in for CLIP's pre-training). Stage 2 trains
 tower, projector and language model together on questions, dialogues and captions, many per picture. The language model
-starts shallow, which makes a step several times cheaper while the tasks are found, and grows to its depth later: each
-layer is followed by copies of it that add nothing at first (their output projections are zero), so no answer changes.
-The checkpoint is exported to ``model/``, at full depth, at every evaluation, and training goes on from ``--checkpoint``
-where that file exists.
+starts shallow, which makes a step several times cheaper while the tasks are found, and grows to its depth later.
+The checkpoint is exported to ``model/`` at every evaluation, and training goes on from ``--checkpoint`` where that file
+exists.
 
     python train.py                      # CPU, hours; a GPU is used if there is one (neither tried from start to end)
     python train.py --minutes 90         # stage 2 by the clock: the schedule ends after 90 minutes, whatever the speed
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from architecture import export, make_config
-from forward import PatchHeads, forward, vision_features
+from forward import GroundHead, PatchHeads, forward, vision_features
 from packing import Batch, Packed, Patches, collate, pixels, sample
 from scenes import TASKS, make_scene
 from torch.utils.data import DataLoader
@@ -33,7 +32,9 @@ from transformers import LlavaForConditionalGeneration
 
 HERE = Path(__file__).resolve().parent
 VALIDATION_SEED = 1_000_000  # held-out scenes that neither training nor eval.py touches
-PATCH_LOSS_WEIGHT = 0.1  # of stage 1's loss while stage 2 runs: digits go on improving
+PATCH_LOSS_WEIGHT = 0.1  # of stage 1's loss while stage 2 runs, on features and visual tokens
+GROUND_LOSS_WEIGHT = 0.3
+LONGEST_STEP = 20.0  # seconds; what a step takes longer, the process was stopped
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,6 +58,16 @@ def parse_args() -> argparse.Namespace:
     return p.parse_args()
 
 
+def start_layers(model: LlavaForConditionalGeneration) -> None:
+    """Draws the matrices of the decoder layers."""
+    layers = model.model.language_model.layers
+    for layer in layers:
+        for name, p in layer.named_parameters():
+            if p.dim() == 2:
+                gain = (2 * len(layers)) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                torch.nn.init.normal_(p, std=gain * p.shape[1] ** -0.5)
+
+
 def make_model(hidden: int, layers: int, seed: int) -> LlavaForConditionalGeneration:
     """Fresh weights.
 
@@ -67,11 +78,7 @@ def make_model(hidden: int, layers: int, seed: int) -> LlavaForConditionalGenera
     model = LlavaForConditionalGeneration(make_config(hidden=hidden, layers=layers))
     lm = model.model.language_model
     torch.nn.init.normal_(lm.embed_tokens.weight, std=0.5)
-    for layer in lm.layers:
-        for name, p in layer.named_parameters():
-            if p.dim() == 2:
-                gain = (2 * layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-                torch.nn.init.normal_(p, std=gain * p.shape[1] ** -0.5)
+    start_layers(model)
     projector = model.model.multi_modal_projector
     for linear in (projector.linear_1, projector.linear_2):
         torch.nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
@@ -80,7 +87,10 @@ def make_model(hidden: int, layers: int, seed: int) -> LlavaForConditionalGenera
 
 @torch.no_grad()
 def grown(model: LlavaForConditionalGeneration, layers: int) -> LlavaForConditionalGeneration:
-    """The same function with more decoder layers.
+    """The model with fresh layers between its own, which add little at first.
+
+    Layers that add nothing at first were tried: they went on adding nothing, and a model whose layers are idle cannot
+    show what a lazy layer costs.
 
     Args:
         model: the model; left as it is.
@@ -93,13 +103,15 @@ def grown(model: LlavaForConditionalGeneration, layers: int) -> LlavaForConditio
     if getattr(config.text_config, "layer_types", None):
         config.text_config.layer_types = ["full_attention"] * layers
     result = LlavaForConditionalGeneration(config).to(next(model.parameters()).device).train(model.training)
+    start_layers(result)
     kept = {name: value for name, value in model.state_dict().items() if "language_model.layers." not in name}
     result.load_state_dict(kept, strict=False)
     for i, layer in enumerate(result.model.language_model.layers):
-        layer.load_state_dict(old[i // copies].state_dict())
-        if i % copies:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
+        if i % copies == 0:
+            layer.load_state_dict(old[i // copies].state_dict())
+        else:
+            layer.self_attn.o_proj.weight.mul_(0.3)
+            layer.mlp.down_proj.weight.mul_(0.3)
     return result
 
 
@@ -157,7 +169,7 @@ def validate(model, batches: list[Batch], autocast) -> dict[str, float]:
     asked = dict.fromkeys(TASKS, 0)
     for batch in batches:
         with autocast():
-            logits, chosen, _ = forward(model, batch)
+            logits, chosen, *_ = forward(model, batch)
         hit = logits.argmax(-1) == batch.targets[chosen]
         sample_of = torch.arange(len(batch.tokens), device=hit.device)[:, None, None].expand_as(chosen)[chosen]
         answer = sample_of * 1000 + batch.turns[chosen]
@@ -178,6 +190,8 @@ class Run:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = make_model(args.hidden, args.start_layers, args.seed).to(self.device).train()
         self.heads = PatchHeads(model.config.vision_config.hidden_size).to(self.device)
+        self.kept = PatchHeads(args.hidden).to(self.device)
+        self.ground = GroundHead(args.hidden).to(self.device)
         # on a CPU each thread takes a part of the batch: layers this small gain little from threads inside a product,
         # and lose much where another process delays one of them
         self.n_parts = args.threads if self.device.type == "cpu" else 1
@@ -190,11 +204,13 @@ class Run:
         args = self.args
         self.model = model
         self.tower = model.model.vision_tower
-        self.params = [*model.parameters(), *self.heads.parameters()]
+        self.params = [*model.parameters(), *self.heads.parameters(), *self.kept.parameters(), *self.ground.parameters()]
         self.optimizers = make_optimizers(
             [
                 (self.tower, 0.3),  # stage 1 has taught it most
                 (self.heads, 0.3),
+                (self.kept, 1.0),
+                (self.ground, 1.0),
                 (self.model.model.multi_modal_projector, 1.0),
                 (self.model.model.language_model, 1.0),
                 (self.model.lm_head, 1.0),
@@ -218,6 +234,8 @@ class Run:
             self.use(grown(self.model, state["layers"]))
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
+        self.kept.load_state_dict(state["kept"])
+        self.ground.load_state_dict(state["ground"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             rates = [group["lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
@@ -228,12 +246,12 @@ class Run:
         """Writes checkpoint and export, each atomically."""
         state = dict(
             step=self.step, seconds=self.seconds, layers=self.n_layers, model=self.model.state_dict(),
-            heads=self.heads.state_dict(), optimizers=[o.state_dict() for o in self.optimizers],
+            heads=self.heads.state_dict(), kept=self.kept.state_dict(), ground=self.ground.state_dict(), optimizers=[o.state_dict() for o in self.optimizers],
         )  # fmt: skip
         temporary = self.args.checkpoint.with_suffix(".tmp")
         torch.save(state, temporary)
         os.replace(temporary, self.args.checkpoint)
-        export(self.model if self.n_layers == self.args.layers else grown(self.model, self.args.layers), self.args.out)
+        export(self.model, self.args.out)
 
     def loader(self, data) -> DataLoader:
         workers = self.args.workers
@@ -302,7 +320,7 @@ class Run:
         bar = tqdm(self.loader(Packed(args.batch, self.step, last)), desc="llava", initial=self.step,
                    total=None if args.minutes else last)  # fmt: skip
         clock, reported = time.monotonic(), time.monotonic()
-        running, grown_at = None, 0
+        running, grown_at = None, self.step
         for batch in bar:
             progress = self.step / last if args.minutes is None else self.seconds / 60 / args.minutes
             if progress >= 1.0:
@@ -315,31 +333,35 @@ class Run:
             total = batch.weights.sum()
             parts = [p.to(self.device) for p in batch.split(self.n_parts)]
             shares = list(self.pool.map(lambda part: self._gradients(part, total, len(parts)), parts))
-            apply_gradients(self.params, [gradients for _, gradients in shares], self.optimizers)
-            loss = sum(loss for loss, _ in shares)
+            apply_gradients(self.params, [gradients for *_, gradients in shares], self.optimizers)
+            loss = sum(loss for loss, *_ in shares)
+            grounded = sum(share for _, share, _ in shares) / len(shares)
             self.step += 1
             now = time.monotonic()
-            self.seconds, clock = self.seconds + now - clock, now
-            running = loss if running is None else 0.98 * running + 0.02 * loss
-            bar.set_postfix(loss=f"{running:.4f}")
+            self.seconds, clock = self.seconds + min(now - clock, LONGEST_STEP), now
+            now_at = np.array([loss, grounded])
+            running = now_at if running is None else 0.98 * running + 0.02 * now_at
+            bar.set_postfix(loss=f"{running[0]:.4f}", grounded=f"{running[1]:.3f}")
             if now - reported > 60 * args.eval_minutes or self.step == 100:
                 reported = now
                 self._report(held_out, running, progress)
         self._report(held_out, running, 1.0)
 
-    def _gradients(self, batch: Batch, total: torch.Tensor, n_parts: int) -> tuple[float, tuple]:
-        """Loss and gradients of a part of a batch; ``total`` is the loss weight of the whole batch."""
+    def _gradients(self, batch: Batch, total: torch.Tensor, n_parts: int) -> tuple[float, float, tuple]:
+        """Loss, share of phrases grounded and gradients of a part of a batch; ``total`` is the loss weight of the whole batch."""
         with self.autocast():
-            logits, chosen, features = forward(self.model, batch)
-            patch_loss, _ = self.heads(features, batch.patches)
-        token_loss = F.cross_entropy(logits.float(), batch.targets[chosen], reduction="none")
-        loss = (token_loss * batch.weights[chosen]).sum() / total
-        combined = loss + PATCH_LOSS_WEIGHT / n_parts * patch_loss
-        return loss.item(), torch.autograd.grad(combined, self.params, allow_unused=True)
+            out = forward(self.model, batch)
+            patch_loss = self.heads(out.features, batch.patches)[0] + self.kept(out.visual, batch.patches)[0]
+            ground_loss, grounded = self.ground(out.middle, batch.grounds)
+        token_loss = F.cross_entropy(out.logits.float(), batch.targets[out.chosen], reduction="none")
+        loss = (token_loss * batch.weights[out.chosen]).sum() / total
+        combined = loss + (PATCH_LOSS_WEIGHT * patch_loss + GROUND_LOSS_WEIGHT * ground_loss) / n_parts
+        return loss.item(), grounded.item(), torch.autograd.grad(combined, self.params, allow_unused=True)
 
     def _report(self, held_out, running, progress: float) -> None:
+        trained = "" if running is None else f"loss {running[0]:.4f} grounded {running[1]:.3f} "
         shown = " ".join(f"{task} {a:.3f}" for task, a in validate(self.model, held_out, self.autocast).items())
-        tqdm.write(f"step {self.step} ({self.seconds / 60:.1f} min, {progress:.0%}) loss {running or 0:.4f} {shown}")
+        tqdm.write(f"step {self.step} ({self.seconds / 60:.1f} min, {progress:.0%}) {trained}{shown}")
         self.save()
 
 
