@@ -7,15 +7,13 @@ through our own runtime, all questions of a scene on one prefilled image. One ru
 
 KV bytes saved are counted in the blocks that each question fills when asked alone. The loss is that of the mean over
 the closed tasks, in points. KL divergence and top-1 agreement are those of the first answer token against the untouched
-model's. `random` draws as many lazy layers as `js` takes; `q8_0` keeps every layer full and stores K and V in eight bits.
+model's. `random` draws as many lazy layers as the metrics take; `q8_0` keeps every layer full and stores K and V in eight bits.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
 import random
 import sys
 import tempfile
@@ -31,6 +29,7 @@ from ggml_qcache import Llama
 from ggml_qcache.native import Context
 from ggml_qcache_convert import convert
 from ggml_qcache_convert.calibration import CalibrationSettings, calibrate, measure
+from ggml_qcache_convert.calibration.attention import kl_divergence, log_softmax
 from ggml_qcache_convert.lazy_layers import leaders_of
 from machine import commit, machine, versions
 from rich.console import Console
@@ -40,7 +39,7 @@ from tqdm import tqdm
 MINI_LLAVA = Path(__file__).resolve().parents[1] / "examples" / "mini-llava"
 sys.path.insert(0, str(MINI_LLAVA))
 
-from eval import MAX_NEW_TOKENS, score, test_set  # noqa: E402
+from eval import MAX_NEW_TOKENS, score, test_set, write_json  # noqa: E402
 from scenes import CLOSED_TASKS, TASKS, ask, make_scene, render  # noqa: E402
 
 CALIBRATION_SEED = 2_000_000  # training scenes far from any that a training run reaches
@@ -125,12 +124,6 @@ def make_prompts(llm: Llama, tests: Sequence[Test]) -> Iterator[tuple[list[int],
                 raise RuntimeError(f"the chat template asks {questions[0]!r} with other tokens: {tokens[end:]} and {after[0]}")
             start = tokens[:end]
             yield indices, Prompt(np.where(start < 0, -1, start).astype(np.int32), embeddings[:end], after)
-
-
-def log_softmax(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Along the last axis."""
-    shifted = x - x.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def answer(context: Context, prompt: Prompt, eos: int) -> tuple[list[list[int]], npt.NDArray[np.float32]]:
@@ -222,8 +215,6 @@ def make_plans(llm: Llama, args: argparse.Namespace) -> Iterator[Plan]:
 def row(plan: Plan, answers: Answers, untouched: Answers, tests: Sequence[Test]) -> dict[str, Any]:
     """One row of the JSON; bytes saved are against full layers in f16."""
     scored, full = score(list(tests), answers.texts), score(list(tests), untouched.texts)
-    p = np.exp(untouched.log_probs)
-    kl = (p * (untouched.log_probs - answers.log_probs)).sum(-1)
     return {
         "method": plan.method,
         "mode": plan.mode,
@@ -235,7 +226,7 @@ def row(plan: Plan, answers: Answers, untouched: Answers, tests: Sequence[Test])
         "closed_mean": scored["closed_mean"],
         "tasks": scored["tasks"],
         "caption": scored["caption"],
-        "kl_first_token": float(kl.mean()),
+        "kl_first_token": float(kl_divergence(untouched.log_probs, answers.log_probs).mean()),
         "top1_agreement": float((answers.log_probs.argmax(-1) == untouched.log_probs.argmax(-1)).mean()),
         "seconds": round(answers.seconds, 1),
         "seconds_to_choose": round(plan.seconds, 1),
@@ -304,13 +295,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 add(plan, run_plan(llm, plan, tests, prompts))
     Console(width=160).print(table(result["rows"], args.scenes))
     return 0
-
-
-def write_json(result: dict[str, Any], path: Path) -> None:
-    """Writes atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -22,14 +22,13 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
-from gguf.quants import quant_shape_to_byte_shape
 from tqdm import tqdm
 
 from ggml_qcache_convert.hparams import TextParams
 from ggml_qcache_convert.plan import OutputTensor, TensorPicker
 from ggml_qcache_convert.text_model import add_text_keys, text_tensors
 from ggml_qcache_convert.vocab import Vocab, add_vocab_keys
-from ggml_qcache_convert.writer import AtomicFiles
+from ggml_qcache_convert.writer import AtomicFiles, stored_layout
 
 _CHUNK_BYTES = 1 << 24
 
@@ -129,7 +128,7 @@ def make_model(
     add_vocab_keys(writer, dummy_vocab(params.n_vocab))
     sizes = {tensor.name: _nbytes(tensor) for tensor in plan}
     for tensor in plan:
-        shape, dtype = _stored(tensor)
+        shape, dtype = stored_layout(tensor)
         writer.add_tensor_info(tensor.name, shape, dtype, sizes[tensor.name], raw_dtype=tensor.qtype)
     total = sum(sizes.values())
     with (
@@ -199,23 +198,14 @@ class _NamesOnly(TensorPicker):
         return name
 
 
-def _stored(tensor: OutputTensor) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and numpy type of a tensor's bytes: raw bytes for all but f32 and f16."""
-    if tensor.qtype == GGMLQuantizationType.F32:
-        return tensor.shape, np.dtype(np.float32)
-    if tensor.qtype == GGMLQuantizationType.F16:
-        return tensor.shape, np.dtype(np.float16)
-    return tuple(quant_shape_to_byte_shape(tensor.shape, tensor.qtype)), np.dtype(np.uint8)
-
-
 def _nbytes(tensor: OutputTensor) -> int:
-    shape, dtype = _stored(tensor)
+    shape, dtype = stored_layout(tensor)
     return math.prod(shape) * dtype.itemsize
 
 
 def _values(tensor: OutputTensor, rng: np.random.Generator, advance: Callable[[int], object]) -> npt.NDArray[Any]:
     """Random content of one tensor: the largest piece of memory held."""
-    shape, dtype = _stored(tensor)
+    shape, dtype = stored_layout(tensor)
     if len(tensor.shape) == 1:
         # norms scale by about one, biases shift by little
         around = 0.0 if tensor.name.endswith(".bias") else 1.0

@@ -74,7 +74,7 @@ def write_gguf(
     writer = GGUFWriter(None, arch)
     add_keys(writer)
     for tensor in plan:
-        shape, dtype = _stored(tensor)
+        shape, dtype = stored_layout(tensor)
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         writer.add_tensor_info(tensor.name, shape, dtype, nbytes, raw_dtype=tensor.qtype)
     try:
@@ -88,7 +88,7 @@ def write_gguf(
         writer.close()
 
 
-def _stored(tensor: OutputTensor) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def stored_layout(tensor: OutputTensor) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and numpy type of a tensor's bytes: one numpy element per value for f32 and f16, raw bytes for the rest."""
     if tensor.qtype == GGMLQuantizationType.F32:
         return tensor.shape, np.dtype(np.float32)
@@ -103,7 +103,7 @@ def _converted(tensor: OutputTensor, checkpoint: Checkpoint, advance: Callable[[
         advance(tensor.source.nbytes)
         return tensor.source
     entry = tensor.source
-    shape, dtype = _stored(tensor)
+    shape, dtype = stored_layout(tensor)
     result = np.empty(shape, dtype)
     n_row = entry.shape[0]
     rows = result.reshape(n_row, -1)
