@@ -19,7 +19,7 @@ static size_t align_up(size_t size) {
 }
 
 qcache_layout::qcache_layout(const qcache_hparams & hparams, const std::vector<int32_t> & leader, enum qcache_lazy_mode mode,
-                             int32_t n_block_tokens, int32_t type_k, int32_t type_v) :
+                             int32_t first, int32_t end, int32_t n_block_tokens, int32_t type_k, int32_t type_v) :
     n_block_tokens(n_block_tokens), type_k(type_k), type_v(type_v) {
     const size_t n_rows  = (size_t) n_block_tokens * hparams.n_head_kv;
     const size_t k_bytes = align_up(n_rows * qcache_kv_row_bytes(type_k, hparams.head_dim));
@@ -27,15 +27,16 @@ qcache_layout::qcache_layout(const qcache_hparams & hparams, const std::vector<i
     for (int modality = 0; modality < 2; modality++) {
         size_t offset = 0;
         for (int32_t il = 0; il < hparams.n_layer; il++) {
-            const bool keeps_k = leader[il] == il || (mode == QCACHE_LAZY_MODE_VISUAL && modality == QCACHE_MODALITY_TEXT);
+            const bool keeps_v = il >= first && il < end;
+            const bool keeps_k = keeps_v && (leader[il] == il || (mode == QCACHE_LAZY_MODE_VISUAL && modality == QCACHE_MODALITY_TEXT));
             k_offset[modality].push_back(keeps_k ? offset : none);
             offset += keeps_k ? k_bytes : 0;
-            v_offset[modality].push_back(offset);
-            offset += v_bytes;
+            v_offset[modality].push_back(keeps_v ? offset : none);
+            offset += keeps_v ? v_bytes : 0;
         }
         block_bytes[modality] = offset;
     }
-    full_block_bytes = (k_bytes + v_bytes) * hparams.n_layer;
+    full_block_bytes = (k_bytes + v_bytes) * (end - first);
 }
 
 qcache_cache::qcache_cache(qcache_layout layout, ggml_backend_buffer_type_t buft, int32_t n_seq_max, size_t bytes_max,

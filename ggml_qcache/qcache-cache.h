@@ -22,8 +22,9 @@ struct qcache_layout {
     size_t              block_bytes[2];
     size_t              full_block_bytes; // of a block in which every layer keeps K and V
 
-    qcache_layout(const qcache_hparams & hparams, const std::vector<int32_t> & leader, enum qcache_lazy_mode mode,
-                  int32_t n_block_tokens, int32_t type_k, int32_t type_v);
+    // of layers first .. end-1; the others keep nothing
+    qcache_layout(const qcache_hparams & hparams, const std::vector<int32_t> & leader, enum qcache_lazy_mode mode, int32_t first,
+                  int32_t end, int32_t n_block_tokens, int32_t type_k, int32_t type_v);
 };
 
 class qcache_cache {

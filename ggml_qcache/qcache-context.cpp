@@ -9,6 +9,7 @@
 #include <ggml.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <thread>
@@ -22,7 +23,8 @@ struct qcache_context {
     struct qcache_context_params params;
     std::vector<int32_t>         leader;
     enum qcache_lazy_mode        mode;
-    const qcache_attn_kernel *   kernel; // NULL: composed
+    std::vector<float>           vis_bias; // [n_layer][n_head], or empty: the model's
+    const qcache_attn_kernel *   kernel;   // NULL: composed
     ggml_backend_ptr             backend;
     ggml_gallocr_ptr             galloc;
     qcache_cache                 cache;
@@ -37,11 +39,14 @@ struct qcache_context {
     std::unique_ptr<qcache_capture_store> capture; // NULL while nothing is captured
 
     qcache_context(const qcache_model & model, struct qcache_context_params params, std::vector<int32_t> leader,
-                   enum qcache_lazy_mode mode, const qcache_attn_kernel * kernel, qcache_layout layout,
+                   enum qcache_lazy_mode mode, std::vector<float> vis_bias, const qcache_attn_kernel * kernel, qcache_layout layout,
                    std::vector<int32_t> fingerprint) :
-        model(model), params(params), leader(std::move(leader)), mode(mode), kernel(kernel), backend(ggml_backend_cpu_init()),
+        model(model), params(params), leader(std::move(leader)), mode(mode), vis_bias(std::move(vis_bias)), kernel(kernel),
+        backend(ggml_backend_cpu_init()),
         galloc(ggml_gallocr_new(ggml_backend_cpu_buffer_type())),
         cache(std::move(layout), ggml_backend_cpu_buffer_type(), params.n_seq_max, params.kv_bytes_max, std::move(fingerprint)) {}
+
+    bool has_logits() const { return params.layer_first + params.n_layers == model.hparams.n_layer; }
 
     int32_t n_lazy_layers() const {
         int32_t n = 0;
@@ -58,7 +63,8 @@ namespace {
 struct placed_row {
     int32_t index; // in the batch
     int32_t seq_id;
-    int32_t pos;
+    int32_t pos;      // in its sequence
+    int32_t rope_pos;
     int32_t block;
     int8_t  modality;
     bool    is_token;
@@ -84,6 +90,13 @@ enum qcache_status check_batch(const qcache_context & ctx, const struct qcache_b
         }
         if (!is_token(batch, i) && batch.embd == nullptr) {
             return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "row %d has no token, and embd is NULL", i);
+        }
+        if (is_token(batch, i) && ctx.params.layer_first > 0) {
+            return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "row %d is token %d: a context that starts at layer %d takes embeddings", i,
+                               batch.token[i], ctx.params.layer_first);
+        }
+        if (batch.pos != nullptr && batch.pos[i] < 0) {
+            return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "pos %d of row %d is negative", batch.pos[i], i);
         }
         if (batch.modality != nullptr && batch.modality[i] != QCACHE_MODALITY_TEXT && batch.modality[i] != QCACHE_MODALITY_VISUAL) {
             return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "modality %d of row %d is not one of 0 (text), 1 (visual)", batch.modality[i], i);
@@ -117,6 +130,7 @@ enum qcache_status place(qcache_context & ctx, const struct qcache_batch & batch
         row.modality     = batch.modality != nullptr ? batch.modality[i] : (int8_t) (row.is_token ? QCACHE_MODALITY_TEXT : QCACHE_MODALITY_VISUAL);
         row.wants_logits = batch.logits == nullptr ? i == batch.n_tokens - 1 : batch.logits[i] != 0;
         row.pos          = blocks.len(row.seq_id);
+        row.rope_pos     = batch.pos != nullptr ? batch.pos[i] : row.pos;
         row.block        = blocks.append(row.seq_id, row.modality);
         if (row.block < 0) {
             return qcache_fail(QCACHE_STATUS_NO_BLOCKS,
@@ -164,7 +178,8 @@ enum qcache_status compute(qcache_context & ctx, const struct qcache_batch & bat
         seqs.push_back({ b.data(), (int32_t) b.size() });
     }
 
-    qcache_step step = { ctx.model, ctx.leader, ctx.mode, ctx.cache.layout(), {}, false, ctx.kernel, nullptr,
+    qcache_step step = { ctx.model, ctx.leader, ctx.mode, ctx.vis_bias.empty() ? nullptr : ctx.vis_bias.data(), ctx.params.layer_first,
+                         ctx.params.layer_first + ctx.params.n_layers, ctx.cache.layout(), {}, false, ctx.kernel, nullptr,
                          n_of_kind[0], n_of_kind[1], n_of_kind[2], n_of_kind[3],
                          (int32_t) out.size(), out.data(), ctx.capture.get() };
     step.attn.seqs         = seqs.data();
@@ -227,7 +242,7 @@ enum qcache_status compute(qcache_context & ctx, const struct qcache_batch & bat
     std::vector<int32_t> token, pos;
     std::vector<float>   embd;
     for (const auto & row : rows) {
-        pos.push_back(row.pos);
+        pos.push_back(row.rope_pos);
         if (row.is_token) {
             token.push_back(batch.token[row.index]);
         } else {
@@ -258,7 +273,9 @@ enum qcache_status compute(qcache_context & ctx, const struct qcache_batch & bat
         const size_t row_bytes = (size_t) hp.n_vocab * sizeof(float);
         to.push_back(ctx.out_of_row[rows[out[k]].index]);
         n_keys.push_back(rows[out[k]].pos + 1);
-        ggml_backend_tensor_get(result, ctx.logits.data() + (size_t) to[k] * hp.n_vocab, k * row_bytes, row_bytes);
+        if (step.has_logits()) {
+            ggml_backend_tensor_get(result, ctx.logits.data() + (size_t) to[k] * hp.n_vocab, k * row_bytes, row_bytes);
+        }
     }
     if (ctx.capture) {
         ctx.capture->store(to, n_keys);
@@ -288,7 +305,7 @@ enum qcache_status decode(qcache_context & ctx, const struct qcache_batch & batc
                 ctx.out_of_row[row.index] = n_out++;
             }
         }
-        ctx.logits.resize((size_t) n_out * ctx.model.hparams.n_vocab);
+        ctx.logits.resize(ctx.has_logits() ? (size_t) n_out * ctx.model.hparams.n_vocab : 0);
         if (ctx.capture) {
             ctx.capture->begin_batch(n_out);
         }
@@ -346,6 +363,28 @@ enum qcache_status check_params(const qcache_model & model, struct qcache_contex
     p.n_ctx           = p.n_ctx == 0 ? model.hparams.n_ctx_train : p.n_ctx;
     p.n_threads       = p.n_threads == 0 ? n_cores : p.n_threads;
     p.n_threads_batch = p.n_threads_batch == 0 ? n_cores : p.n_threads_batch;
+    if (p.layer_first < 0 || p.layer_first >= model.hparams.n_layer) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "layer_first is %d, the model has layers 0 .. %d", p.layer_first,
+                           model.hparams.n_layer - 1);
+    }
+    if (p.n_layers < 0 || p.n_layers > model.hparams.n_layer - p.layer_first) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "n_layers is %d, from layer %d on the model has %d", p.n_layers, p.layer_first,
+                           model.hparams.n_layer - p.layer_first);
+    }
+    p.n_layers = p.n_layers == 0 ? model.hparams.n_layer - p.layer_first : p.n_layers;
+    if (p.vis_bias != nullptr) {
+        const int32_t expected = model.hparams.n_layer * model.hparams.n_head;
+        if (p.n_vis_bias != expected) {
+            return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "vis_bias has %d values, %d layers of %d heads need %d", p.n_vis_bias,
+                               model.hparams.n_layer, model.hparams.n_head, expected);
+        }
+        for (int32_t i = 0; i < expected; i++) {
+            if (!std::isfinite(p.vis_bias[i])) {
+                return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "vis_bias of layer %d, head %d is %g", i / model.hparams.n_head,
+                                   i % model.hparams.n_head, p.vis_bias[i]);
+            }
+        }
+    }
     return QCACHE_STATUS_SUCCESS;
 }
 
@@ -365,9 +404,14 @@ enum qcache_status choose_lazy(const qcache_model & model, const struct qcache_c
     }
     bool any = false;
     for (int32_t il = 0; il < hp.n_layer; il++) {
-        leader[il] = mode == QCACHE_LAZY_MODE_OFF ? il : leader[il];
-        any        = any || leader[il] != il;
-        if ((leader[il] == il || mode != QCACHE_LAZY_MODE_GLOBAL) && (model.layers[il].wq == nullptr || model.layers[il].wk == nullptr)) {
+        const bool computed = il >= p.layer_first && il < p.layer_first + p.n_layers;
+        leader[il]          = mode == QCACHE_LAZY_MODE_OFF || !computed ? il : leader[il];
+        any                 = any || leader[il] != il;
+        if (computed && leader[il] < p.layer_first) {
+            return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "layer %d is lazy and its leader %d comes before layer_first %d", il, leader[il],
+                               p.layer_first);
+        }
+        if (computed && (leader[il] == il || mode != QCACHE_LAZY_MODE_GLOBAL) && (model.layers[il].wq == nullptr || model.layers[il].wk == nullptr)) {
             return qcache_fail(QCACHE_STATUS_UNSUPPORTED,
                                "layer %d needs blk.%d.attn_q.weight and attn_k.weight, which the file left out because the layer is lazy in "
                                "global mode there: convert with --keep-qk to run it in another way",
@@ -420,17 +464,25 @@ enum qcache_status qcache_context_init(const qcache_model_t * model, struct qcac
         if (status != QCACHE_STATUS_SUCCESS) {
             return status;
         }
+        std::vector<float> vis_bias;
+        if (params.vis_bias != nullptr) {
+            vis_bias.assign(params.vis_bias, params.vis_bias + params.n_vis_bias);
+        }
         params.lazy_leader = nullptr; // copied
+        params.vis_bias    = nullptr;
         const auto &         hp          = model->hparams;
         std::vector<int32_t> fingerprint = { hp.n_layer,    hp.n_embd,     hp.n_head,     hp.n_head_kv, hp.head_dim,
-                                             params.type_k, params.type_v, params.n_block_tokens, (int32_t) mode };
+                                             params.type_k, params.type_v, params.n_block_tokens, (int32_t) mode,
+                                             params.layer_first, params.n_layers };
         fingerprint.insert(fingerprint.end(), leader.begin(), leader.end());
 
         const qcache_attn_kernel * kernel = params.attn_impl == QCACHE_ATTN_IMPL_AUTO   ? qcache_attn_kernel_best()
                                             : params.attn_impl == QCACHE_ATTN_IMPL_SCALAR ? qcache_attn_kernel_scalar()
                                                                                           : nullptr;
-        qcache_layout layout(hp, leader, mode, params.n_block_tokens, params.type_k, params.type_v);
-        auto          made = std::make_unique<qcache_context>(*model, params, leader, mode, kernel, std::move(layout), std::move(fingerprint));
+        qcache_layout layout(hp, leader, mode, params.layer_first, params.layer_first + params.n_layers, params.n_block_tokens, params.type_k,
+                             params.type_v);
+        auto made = std::make_unique<qcache_context>(*model, params, leader, mode, std::move(vis_bias), kernel, std::move(layout),
+                                                     std::move(fingerprint));
         if (!made->backend || !made->galloc) {
             return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot create the CPU backend");
         }
@@ -477,6 +529,11 @@ static int32_t out_index(const qcache_context_t * ctx, int32_t i) {
 }
 
 const float * qcache_get_logits_ith(qcache_context_t * ctx, int32_t i) {
+    if (!ctx->has_logits()) {
+        qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "no row has logits: the context computes layers %d .. %d of %d", ctx->params.layer_first,
+                    ctx->params.layer_first + ctx->params.n_layers - 1, ctx->model.hparams.n_layer);
+        return nullptr;
+    }
     const int32_t k = out_index(ctx, i);
     return k < 0 ? nullptr : ctx->logits.data() + (size_t) k * ctx->model.hparams.n_vocab;
 }
@@ -545,9 +602,10 @@ const float * qcache_get_captured_ith(qcache_context_t * ctx, enum qcache_captur
 
 enum qcache_status qcache_seq_get_v(const qcache_context_t * ctx, int32_t seq_id, int32_t il, float * v, size_t n_values) {
     const auto & hp = ctx->model.hparams;
-    if (seq_id < 0 || seq_id >= ctx->params.n_seq_max || il < 0 || il >= hp.n_layer) {
-        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "sequence %d, layer %d: n_seq_max is %d, the model has %d layers", seq_id, il,
-                           ctx->params.n_seq_max, hp.n_layer);
+    const int32_t end = ctx->params.layer_first + ctx->params.n_layers;
+    if (seq_id < 0 || seq_id >= ctx->params.n_seq_max || il < ctx->params.layer_first || il >= end) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "sequence %d, layer %d: n_seq_max is %d, the context has layers %d .. %d", seq_id, il,
+                           ctx->params.n_seq_max, ctx->params.layer_first, end - 1);
     }
     const int32_t n_tokens = ctx->cache.blocks().len(seq_id);
     const size_t  expected = (size_t) hp.n_head_kv * n_tokens * hp.head_dim;

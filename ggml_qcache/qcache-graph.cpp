@@ -7,7 +7,7 @@
 #include <cmath>
 
 qcache_graph::qcache_graph(const qcache_step & step, ggml_context * ctx, ggml_cgraph * gf) :
-    model(step.model), n_rows(step.attn.n_rows), step(step), ctx(ctx), gf(gf) {
+    model(step.model), step(step), n_rows(step.attn.n_rows), ctx(ctx), gf(gf) {
     if (step.kernel == nullptr) {
         composed.reset(qcache_composed_init(ctx, &step.attn, step.layout.n_block_tokens));
     }
@@ -113,7 +113,7 @@ ggml_tensor * qcache_graph::lazy_attention(int32_t il, ggml_tensor * q, ggml_ten
     const auto &  layout  = step.layout;
     const int32_t j       = step.leader[il];
     const bool    lazy    = j != il;
-    const bool    leads   = !lazy && il + 1 < hp.n_layer && step.leader[il + 1] == il;
+    const bool    leads   = !lazy && il + 1 < step.layer_end && step.leader[il + 1] == il;
 
     auto & append          = append_nodes[il];
     append.head_dim        = hp.head_dim;
@@ -150,8 +150,9 @@ ggml_tensor * qcache_graph::lazy_attention(int32_t il, ggml_tensor * q, ggml_ten
             p.k_offset[row][key] = layout.k_offset[key][own ? il : j];
         }
     }
-    if (lazy && step.mode == QCACHE_LAZY_MODE_VISUAL && model.layers[il].vis_bias != nullptr) {
-        p.vis_bias = (const float *) model.layers[il].vis_bias->data;
+    if (lazy && step.mode == QCACHE_LAZY_MODE_VISUAL) {
+        const ggml_tensor * of_file = model.layers[il].vis_bias;
+        p.vis_bias = step.vis_bias != nullptr ? step.vis_bias + (size_t) il * hp.n_head : of_file != nullptr ? (const float *) of_file->data : nullptr;
     }
 
     v                     = ggml_reshape_3d(ctx, v, hp.head_dim, hp.n_head_kv, n_rows);
@@ -159,7 +160,7 @@ ggml_tensor * qcache_graph::lazy_attention(int32_t il, ggml_tensor * q, ggml_ten
     if (written == nullptr) {
         return nullptr;
     }
-    if (!has_out() && il == hp.n_layer - 1) {
+    if (!has_out() && il == step.layer_end - 1) {
         return written;
     }
     if (leads) {

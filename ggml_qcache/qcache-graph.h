@@ -23,6 +23,8 @@ struct qcache_step {
     const qcache_model &         model;
     const std::vector<int32_t> & leader; // [n_layer]
     enum qcache_lazy_mode        mode;
+    const float *                vis_bias; // δ [n_layer][n_head]; NULL: the model's
+    int32_t                      layer_first, layer_end;
     const qcache_layout &        layout;
 
     qcache_attn_step           attn;      // rows, sequences, score cache
@@ -37,6 +39,7 @@ struct qcache_step {
     qcache_capture_store * capture; // NULL: nothing is captured
 
     int32_t n_text() const { return n_text_token + n_text_embd; }
+    bool    has_logits() const { return layer_end == model.hparams.n_layer; }
 };
 
 class qcache_graph {
@@ -53,6 +56,7 @@ class qcache_graph {
 
     // for the decoders: shapes in ggml order
     const qcache_model & model;
+    const qcache_step &  step;
     const int32_t        n_rows;
 
     ggml_tensor * embed();                                                       // -> [n_embd, n_rows]
@@ -84,7 +88,6 @@ class qcache_graph {
     void capture_attention(int32_t il, ggml_tensor * q, ggml_tensor * q_leader, ggml_tensor * written, ggml_tensor * attn);
     void capture(enum qcache_capture kind, int32_t il, ggml_tensor * x);
 
-    const qcache_step & step;
     ggml_context *      ctx;
     ggml_cgraph *       gf;
     ggml_tensor *       q_cache = nullptr; // the current leader's q
@@ -95,6 +98,6 @@ class qcache_graph {
     std::vector<qcache_scores_node>                           scores_nodes; // [n_layer] when scores are captured
 };
 
-// The decoders, one family per file under models/: -> logits [n_vocab, n_out], or the last layer's append node when no
-// row has logits; NULL on failure.
+// The decoders, one family per file under models/: -> logits [n_vocab, n_out], or the residual stream [n_embd, n_out] of a
+// step that ends before the last layer, or the last layer's append node when no row is wanted; NULL on failure.
 ggml_tensor * qcache_build_llama(qcache_graph & g);

@@ -9,6 +9,7 @@
 #include <ggml.h>
 
 #include <cerrno>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <map>
@@ -322,6 +323,46 @@ enum qcache_status qcache_model_init(const char * path, struct qcache_model_para
 
 void qcache_model_free(qcache_model_t * model) {
     delete model;
+}
+
+enum qcache_status qcache_model_set_weight(qcache_model_t * model, const char * name, const float * values, size_t n_values) {
+    if (model == nullptr || name == nullptr || values == nullptr) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "model, name and values must not be NULL");
+    }
+    std::vector<ggml_tensor *> tensors; // two where the output matrix is the token embeddings'
+    for (const auto & ctx : model->ctxs) {
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t != nullptr; t = ggml_get_next_tensor(ctx.get(), t)) {
+            if (strcmp(t->name, name) == 0) {
+                tensors.push_back(t);
+            }
+        }
+    }
+    if (tensors.empty()) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "the model has no weight %s", name);
+    }
+    const ggml_tensor * shape = tensors[0];
+    if ((size_t) ggml_nelements(shape) != n_values) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "n_values is %zu, %s has %lld", n_values, name, (long long) ggml_nelements(shape));
+    }
+    if (ggml_quantize_requires_imatrix(shape->type)) {
+        return qcache_fail(QCACHE_STATUS_UNSUPPORTED, "%s is of type %s, which is only written with an importance matrix", name,
+                           ggml_type_name(shape->type));
+    }
+    for (size_t i = 0; i < n_values; i++) {
+        if (!std::isfinite(values[i])) {
+            return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "value %zu of %zu for %s is %g", i, n_values, name, values[i]);
+        }
+    }
+    try {
+        std::vector<uint8_t> rounded(ggml_nbytes(shape));
+        ggml_quantize_chunk(shape->type, values, rounded.data(), 0, ggml_nrows(shape), shape->ne[0], nullptr);
+        for (ggml_tensor * tensor : tensors) {
+            ggml_backend_tensor_set(tensor, rounded.data(), 0, rounded.size());
+        }
+        return QCACHE_STATUS_SUCCESS;
+    } catch (const std::bad_alloc &) {
+        return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "out of memory for %s", name);
+    }
 }
 
 struct qcache_model_info qcache_model_get_info(const qcache_model_t * model) {

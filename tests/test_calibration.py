@@ -9,7 +9,7 @@ import torch
 from core_helpers import CoreModels, make_context, make_prompt
 from gguf import GGUFReader
 from hf_models import build_llava
-from ref_torch import reference_logits
+from ref_torch import TextModel, reference_logits
 from tiny_llava import N_LAYER, load, picture, tiny_llava
 
 from ggml_qcache import Llama
@@ -90,13 +90,16 @@ def test_sharing_error_is_what_the_lazy_layer_would_do(core_models: CoreModels, 
     prompt = make_prompt(model.native, "t7 v21 t9")
     n_layer, rows = model.native.info.n_layer, np.array([5, 12, 27, 28, 36])
 
+    def w_o(layer: int) -> np.ndarray:
+        return TextModel.of(model.hf).decoder.layers[layer].self_attn.o_proj.weight.detach().numpy()
+
     def layers_of(leaders: list[int]) -> list[dict[str, np.ndarray]]:
         layers: list[dict[str, np.ndarray]] = []
         reference_logits(model.hf, model.embeddings(prompt), torch.from_numpy(prompt.visual), leaders, mode, layers=layers)
         return layers
 
     with make_context(model.native) as context:
-        context.capture_start("scores")
+        context.capture_start("scores", "hidden")
         context.decode(prompt.tokens, prompt.embeddings, modality=prompt.visual, logits=np.isin(np.arange(len(prompt)), rows))
 
         def scores(layer: int) -> np.ndarray:
@@ -105,7 +108,10 @@ def test_sharing_error_is_what_the_lazy_layer_would_do(core_models: CoreModels, 
                 out[i, :, : row + 1] = context.captured("scores", layer, row)
             return out
 
-        errors = sharing_errors(scores, context.seq_v, prompt.visual[rows], prompt.visual, mode, n_layer)
+        errors = sharing_errors(
+            scores, context.seq_v, w_o, lambda layer: np.stack([context.captured("hidden", layer - 1, row) for row in rows]),
+            prompt.visual[rows], prompt.visual, mode, n_layer,
+        )  # fmt: skip
     untouched = layers_of(list(range(n_layer)))
     for leader, layer in ((0, 1), (1, 4), (4, 5), (0, 7)):
         # the layers between are their leader's too: only the last of them is looked at, at what the untouched model feeds it
@@ -120,8 +126,10 @@ def test_sharing_error_is_what_the_lazy_layer_would_do(core_models: CoreModels, 
             weights = np.exp(mixed - mixed.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
             lazy = np.einsum("thk,hkd->thd", weights, v)[rows]
-        own = untouched[layer]["attn"][rows]
-        expected = (((lazy - own) ** 2).sum((1, 2)) / (own**2).sum((1, 2))).mean()
+        own = untouched[layer]["attn"][rows].reshape(len(rows), -1) @ w_o(layer).T
+        lazy = lazy.reshape(len(rows), -1) @ w_o(layer).T
+        after = untouched[layer - 1]["hidden"][rows] + own
+        expected = (((lazy - own) ** 2).sum(1) / (after**2).sum(1)).mean()
         assert errors[leader, layer] == pytest.approx(expected, rel=1e-3)
     assert not np.tril(errors).any()
 

@@ -69,25 +69,28 @@ def _run(args: argparse.Namespace) -> tuple[ConversionResult, Calibration | None
 
 
 def _calibration_settings(args: argparse.Namespace) -> CalibrationSettings | None:
-    """How layers are chosen; None where they are given."""
-    options = {
-        "--lazy-budget": args.lazy_budget,
-        "--lazy-threshold": args.lazy_threshold,
-        "--lazy-metric": args.lazy_metric,
+    """How layers are chosen and corrected; None where they are given and stay as they are."""
+    choosing = {"--lazy-budget": args.lazy_budget, "--lazy-threshold": args.lazy_threshold, "--lazy-metric": args.lazy_metric}
+    running = {
         "--calibration-images": args.calibration_images,
         "--calibration-prompts": args.calibration_prompts,
         "--calibration-samples": args.calibration_samples,
         "--seed": args.seed,
     }
-    if args.lazy_layers.strip().lower() != "auto":
-        for option, given in options.items():
+    automatic = args.lazy_layers.strip().lower() == "auto"
+    corrects = args.align_heads or args.vis_bias or args.refit
+    if not automatic:
+        for option, given in (choosing if corrects else choosing | running).items():
             if given is not None:
                 raise ValueError(f"{option} goes with --lazy-layers auto, got --lazy-layers {args.lazy_layers}")
-        return None
+        if not corrects:
+            return None
     if args.calibration_images is None:
-        raise ValueError("--lazy-layers auto shows images to the model: name a folder of them with --calibration-images DIR")
+        why = "--lazy-layers auto shows" if automatic else "--align-heads, --vis-bias and --refit show"
+        raise ValueError(f"{why} images to the model: name a folder of them with --calibration-images DIR")
     given = {
         "metric": args.lazy_metric,
+        "layers": None if automatic else args.lazy_layers,
         "n_samples": args.calibration_samples,
         "seed": args.seed,
     }
@@ -97,7 +100,9 @@ def _calibration_settings(args: argparse.Namespace) -> CalibrationSettings | Non
     settings = {name: value for name, value in given.items() if value is not None}
     if args.lazy_budget is not None or args.lazy_threshold is not None:
         settings |= {"budget": args.lazy_budget, "threshold": args.lazy_threshold}
-    return CalibrationSettings(args.calibration_images, mode=args.lazy_mode, **settings)
+    return CalibrationSettings(
+        args.calibration_images, mode=args.lazy_mode, align_heads=args.align_heads, vis_bias=args.vis_bias, refit=args.refit, **settings
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,7 +134,6 @@ def _parser() -> argparse.ArgumentParser:
         help="in global mode keep the q and k weights of lazy layers: the file then also runs as a plain model",
     )
     auto = parser.add_argument_group("--lazy-layers auto", "layers chosen by running the model on images")
-    auto.add_argument("--calibration-images", type=Path, metavar="DIR", help="images like those the model will see; needed")
     auto.add_argument("--lazy-budget", type=float, metavar="F", help="share of KV bytes to save (default: 0.35)")
     auto.add_argument("--lazy-threshold", type=float, metavar="EPS", help="instead: lazy below this JS divergence, in nats")
     auto.add_argument(
@@ -138,10 +142,15 @@ def _parser() -> argparse.ArgumentParser:
         help="js: the paper's, attention of neighbouring layers (default); output: error of attention outputs; "
         "loss: change of the final logits, plan by plan: the best and by far the slowest",
     )
-    auto.add_argument("--calibration-samples", type=int, metavar="N", help="pairs of image and prompt (default: 16)")
-    auto.add_argument("--calibration-prompts", type=Path, metavar="FILE", help="prompts, one a line (default: general ones)")
-    auto.add_argument("--seed", type=int, help="seed of the choice of pairs and rows (default: 0)")
-    auto.add_argument("--mmproj-in", type=Path, metavar="FILE", help="vision GGUF, where MODEL is a GGUF")
+    both = parser.add_argument_group("calibration", "for --lazy-layers auto and for corrections of lazy layers")
+    both.add_argument("--calibration-images", type=Path, metavar="DIR", help="images like those the model will see; needed")
+    both.add_argument("--align-heads", action="store_true", help="permute a lazy layer's heads to those of its leader")
+    both.add_argument("--vis-bias", action="store_true", help="visual mode: balance text rows' attention to images by a bias a head")
+    both.add_argument("--refit", action="store_true", help="refit the output matrices of lazy layers by ridge regression")
+    both.add_argument("--calibration-samples", type=int, metavar="N", help="pairs of image and prompt (default: 16)")
+    both.add_argument("--calibration-prompts", type=Path, metavar="FILE", help="prompts, one a line (default: general ones)")
+    both.add_argument("--seed", type=int, help="seed of the choice of pairs and rows (default: 0)")
+    both.add_argument("--mmproj-in", type=Path, metavar="FILE", help="vision GGUF, where MODEL is a GGUF")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
     return parser
@@ -162,9 +171,11 @@ def _summary(result: ConversionResult, mode: str) -> str:
 
 
 def _calibration_summary(chosen: Calibration) -> str:
-    measured = chosen.measured
+    measured, settings = chosen.measured, chosen.settings
+    corrected = f", {chosen.uncorrected_kl:.4f} uncorrected ({', '.join(settings.corrections)})" if settings.corrects else ""
+    how = f"chosen by {settings.metric}" if settings.layers is None else "measured"
     return (
-        f"chosen by {chosen.settings.metric} on {len(measured.samples)} samples ({measured.n_tokens} tokens, "
+        f"{how} on {len(measured.samples)} samples ({measured.n_tokens} tokens, "
         f"{measured.visual_share:.0%} visual): {chosen.kv_saved:.1%} of the KV bytes saved, "
-        f"KL divergence of the logits {chosen.logits_kl:.4f}"
+        f"KL divergence of the logits {chosen.logits_kl:.4f}{corrected}"
     )

@@ -5,11 +5,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from gguf.quants import quant_shape_to_byte_shape, quantize
 
+from .calibration import Corrections, stored_type
 from .errors import ConversionError
 
 _QK = re.compile(r"blk\.(\d+)\.attn_[qk]\.(weight|bias)")
+_VIS_BIAS = re.compile(r"blk\.\d+\.attn_vis_bias\.weight")
 
 
 def open_text_gguf(path: Path) -> GGUFReader:
@@ -48,8 +51,9 @@ def copy_with_keys(
     add_keys: Callable[[GGUFWriter], None],
     without_qk: Sequence[int],
     advance: Callable[[int], object],
+    corrections: Corrections | None = None,
 ) -> None:
-    """Writes a copy without the source's ``qcache.*`` keys.
+    """Writes a copy without the source's ``qcache.*`` keys and biases on visual keys.
 
     Args:
         reader: The source.
@@ -57,6 +61,7 @@ def copy_with_keys(
         add_keys: Adds the new ones.
         without_qk: Layers whose q and k projections are left out.
         advance: Called with the bytes copied since the last call.
+        corrections: New weights, and the biases on visual keys.
 
     Raises:
         ConversionError: The source lacks q and k of a layer that is to keep them.
@@ -66,7 +71,7 @@ def copy_with_keys(
     kept = []
     for tensor in reader.tensors:
         match = _QK.fullmatch(tensor.name)
-        if match is None or int(match[1]) not in left_out:
+        if (match is None or int(match[1]) not in left_out) and _VIS_BIAS.fullmatch(tensor.name) is None:
             kept.append(tensor)
     names = {tensor.name for tensor in kept}
     for layer in range(n_layers(reader)):
@@ -84,15 +89,34 @@ def copy_with_keys(
     add_keys(writer)
     if (alignment := reader.get_field("general.alignment")) is not None:
         writer.data_alignment = alignment.contents()
+    replaced = {} if corrections is None else corrections.weights
+    types = {tensor.name: stored_type(tensor.tensor_type) if tensor.name in replaced else tensor.tensor_type for tensor in kept}
+    biases = _vis_biases(corrections)
     for tensor in kept:
-        writer.add_tensor_info(tensor.name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type)
+        shape, dtype, nbytes = tensor.data.shape, tensor.data.dtype, tensor.data.nbytes
+        if types[tensor.name] != tensor.tensor_type:
+            shape = quant_shape_to_byte_shape([int(n) for n in reversed(tensor.shape)], types[tensor.name])
+            dtype, nbytes = np.dtype(np.uint8), int(np.prod(shape))
+        writer.add_tensor_info(tensor.name, shape, dtype, nbytes, types[tensor.name])
+    for name, values in biases.items():
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes, GGMLQuantizationType.F32)
     try:
         writer.write_header_to_file(target)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in kept:
-            writer.write_tensor_data(np.asarray(tensor.data))
+            new = replaced.get(tensor.name)
+            writer.write_tensor_data(np.asarray(tensor.data) if new is None else quantize(new, types[tensor.name]))
             advance(tensor.data.nbytes)
+        for values in biases.values():
+            writer.write_tensor_data(values)
         writer.flush()
     finally:
         writer.close()
+
+
+def _vis_biases(corrections: Corrections | None) -> dict[str, np.ndarray]:
+    """Tensors of the layers that have a bias."""
+    if corrections is None or corrections.vis_bias is None:
+        return {}
+    return {f"blk.{layer}.attn_vis_bias.weight": row for layer, row in enumerate(corrections.vis_bias) if row.any()}

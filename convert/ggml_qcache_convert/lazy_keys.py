@@ -27,14 +27,17 @@ def add_calibration_keys(writer: GGUFWriter, chosen: "Calibration") -> None:
     """Adds what the choice of the lazy layers rests on: the divergence by layer, and what was run."""
     settings, measured = chosen.settings, chosen.measured
     writer.add_array("qcache.lazy.js_divergence", [float(value) for value in measured.js_divergence])
-    writer.add_string("qcache.calibration.metric", settings.metric)
+    writer.add_string("qcache.calibration.metric", "given" if settings.layers is not None else settings.metric)
     writer.add_uint32("qcache.calibration.samples", len(measured.samples))
     writer.add_uint32("qcache.calibration.tokens", measured.n_tokens)
     writer.add_float32("qcache.calibration.visual_share", measured.visual_share)
-    if settings.budget is not None:
+    if settings.layers is None and settings.budget is not None:
         writer.add_float32("qcache.calibration.budget", settings.budget)
     if chosen.threshold is not None:
         writer.add_float32("qcache.calibration.threshold", chosen.threshold)
     writer.add_float32("qcache.calibration.kv_saved", chosen.kv_saved)
     writer.add_float32("qcache.calibration.logits_kl", chosen.logits_kl)
+    if settings.corrects:
+        writer.add_string("qcache.calibration.corrections", ",".join(settings.corrections))
+        writer.add_float32("qcache.calibration.logits_kl_uncorrected", chosen.uncorrected_kl)
     writer.add_uint64("qcache.calibration.seed", settings.seed)

@@ -147,5 +147,6 @@ def _lazy_copy(
 
     total = sum(tensor.data.nbytes for tensor in reader.tensors)
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="writing", disable=not progress) as bar:
-        copy_with_keys(reader, target, keys, lazy if mode == "global" and not keep_qk else (), bar.update)
+        without_qk = lazy if mode == "global" and not keep_qk else ()
+        copy_with_keys(reader, target, keys, without_qk, bar.update, None if chosen is None else chosen.corrections)
     return tuple(leaders), target.stat().st_size

@@ -4,7 +4,8 @@
 // leader and keeps only its own V. Plain C, opaque types, status codes; no exception crosses this header.
 // It includes no ggml header, so that a binding can read it as it is.
 //
-// Threads: a model is read-only once loaded and may serve several contexts; a context belongs to one thread at a time.
+// Threads: a model is read-only once loaded, but for qcache_model_set_weight, and may serve several contexts; a context
+// belongs to one thread at a time.
 
 #ifndef QCACHE_H
 #define QCACHE_H
@@ -114,6 +115,12 @@ struct qcache_model_info {
 
 QCACHE_API struct qcache_model_info qcache_model_get_info(const qcache_model_t * model);
 
+// Replaces a weight of the file by `values`, as many as it has and in its order, rounded to its type. For calibration:
+// what contexts hold was computed with the old weight, and none may be computing.
+// INVALID_ARGUMENT: no such weight, another n_values, or NaN or infinity among them. UNSUPPORTED: a type that is only
+// written with an importance matrix. The weight is as before then.
+QCACHE_API enum qcache_status qcache_model_set_weight(qcache_model_t * model, const char * name, const float * values, size_t n_values);
+
 //
 // context
 //
@@ -143,6 +150,12 @@ struct qcache_context_params {
     enum qcache_lazy_mode   lazy_mode;       // default FILE
     const int32_t *         lazy_leader;     // [n_lazy_leader], only with GLOBAL or VISUAL; NULL: the file's. Copied.
     int32_t                 n_lazy_leader;
+    const float *           vis_bias;        // δ [n_layer][n_head] of lazy layers in VISUAL; NULL: the file's. Copied.
+    int32_t                 n_vis_bias;      // floats
+    int32_t                 layer_first;     // computes layers layer_first .. layer_first+n_layers-1 only, default 0; above 0
+                                             // rows are given as embeddings: the residual stream before that layer
+    int32_t                 n_layers;        // default 0: to the last. A context that ends before it has no logits; the
+                                             // residual stream after its last layer can be captured
     enum qcache_attn_impl   attn_impl;
     enum qcache_score_cache score_cache;
 };
@@ -164,6 +177,8 @@ struct qcache_batch {
     const int32_t * seq_id;   // [n_tokens]; NULL: all in sequence 0
     const int8_t *  modality; // [n_tokens] enum qcache_modality; NULL: tokens are text, embeddings are visual
     const int8_t *  logits;   // [n_tokens] != 0: keep this row's logits; NULL: the last row only
+    const int32_t * pos;      // [n_tokens] position of each row for RoPE, 0 or more; NULL: its index in its sequence, which
+                              // is what attention is causal in either way
 };
 
 // Appends the batch and computes it, in chunks of n_ubatch rows. Rows of one sequence are in order; its rows see its
@@ -173,7 +188,7 @@ struct qcache_batch {
 QCACHE_API enum qcache_status qcache_decode(qcache_context_t * ctx, struct qcache_batch batch);
 
 // Logits [n_vocab] of row i of the last batch (i < 0 counts from the end of the rows that have logits), or NULL
-// where that row has none. Valid until the next decode or load.
+// where that row, or a context that ends before the last layer, has none. Valid until the next decode or load.
 QCACHE_API const float * qcache_get_logits_ith(qcache_context_t * ctx, int32_t i);
 
 QCACHE_API int32_t qcache_n_ctx(const qcache_context_t * ctx);

@@ -7,9 +7,9 @@ ggml_tensor * qcache_build_llama(qcache_graph & g) {
     const auto &  hp = g.model.hparams;
     ggml_tensor * x  = g.embed(); // [n_embd, n_rows]
 
-    for (int32_t il = 0; il < hp.n_layer; il++) {
+    for (int32_t il = g.step.layer_first; il < g.step.layer_end; il++) {
         const auto & layer = g.model.layers[il];
-        const bool   last  = il == hp.n_layer - 1;
+        const bool   last  = il == g.step.layer_end - 1;
 
         ggml_tensor * cur = g.norm(x, layer.attn_norm);
 
@@ -37,5 +37,5 @@ ggml_tensor * qcache_build_llama(qcache_graph & g) {
         x   = g.add(g.linear(layer.ffn_down, nullptr, cur), x);
         g.capture_hidden(il, x);
     }
-    return g.linear(g.model.output, g.model.output_bias, g.norm(x, g.model.output_norm));
+    return g.step.has_logits() ? g.linear(g.model.output, g.model.output_bias, g.norm(x, g.model.output_norm)) : x;
 }

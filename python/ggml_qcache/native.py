@@ -190,6 +190,20 @@ class Model:
             raise ValueError(f"the model {self.path!r} is closed")
         return self._handle
 
+    def set_weight(self, name: str, values: npt.ArrayLike) -> None:
+        """Replaces a weight of the file, rounded to its type. What contexts already hold was computed with the old one.
+
+        Args:
+            name: Name in the GGUF.
+            values: As many f32 as it has, in numpy's order of dimensions, the reverse of ggml's.
+
+        Raises:
+            InvalidArgumentError: No such weight, another number of values, or NaN or infinity among them.
+            UnsupportedError: A type that is only written with an importance matrix.
+        """
+        array = np.ascontiguousarray(values, dtype=np.float32)
+        check(lib.qcache_model_set_weight(self.handle, name.encode(), ffi.from_buffer("float[]", array), array.size))
+
     def close(self) -> None:
         """Frees the contexts still open on the model, then the model. Closing twice is fine."""
         for context in list(self._contexts):
@@ -221,6 +235,9 @@ class Context:
         kv_bytes_max: int = 0,
         lazy_mode: str | None = None,
         lazy_leader: Sequence[int] | None = None,
+        vis_bias: npt.ArrayLike | None = None,
+        layer_first: int = 0,
+        n_layers: int = 0,
         attn_impl: str = "auto",
         score_cache: str = "auto",
     ) -> None:
@@ -239,6 +256,11 @@ class Context:
             kv_bytes_max: Limit on KV bytes, 0: none.
             lazy_mode: ``"off"``, ``"global"`` or ``"visual"``; None: as the file says.
             lazy_leader: ``[n_layer]`` leaders, with ``"global"`` or ``"visual"``; None: the file's.
+            vis_bias: ``[n_layer, n_head]`` f32, what lazy layers add to the logits of visual keys in rows of text, with
+                ``"visual"``; None: the file's.
+            layer_first: First layer that is computed; above 0 rows are embeddings, the residual stream before it.
+            n_layers: Layers that are computed, 0: to the last. Without the last there are no logits, but what
+                ``captured`` gives.
             attn_impl: ``"auto"``, ``"scalar"`` or ``"composed"``.
             score_cache: ``"auto"``, ``"off"`` or ``"on"``.
 
@@ -255,6 +277,8 @@ class Context:
             "n_threads_batch": n_threads_batch,
             "n_block_tokens": block_tokens,
             "kv_bytes_max": kv_bytes_max,
+            "layer_first": layer_first,
+            "n_layers": n_layers,
         }
         for name, value in numbers.items():
             try:
@@ -271,6 +295,10 @@ class Context:
             leaders = ffi.new("int32_t[]", list(lazy_leader))
             params.lazy_leader = leaders
             params.n_lazy_leader = len(leaders)
+        if vis_bias is not None:
+            offsets = np.ascontiguousarray(vis_bias, dtype=np.float32)
+            params.vis_bias = ffi.from_buffer("float[]", offsets)
+            params.n_vis_bias = offsets.size
         params.attn_impl = choice("attn_impl", attn_impl, ATTN_IMPLS)
         params.score_cache = choice("score_cache", score_cache, SCORE_CACHES)
 
@@ -325,6 +353,7 @@ class Context:
         seq_id: npt.ArrayLike | None = None,
         modality: npt.ArrayLike | None = None,
         logits: npt.ArrayLike | None = None,
+        pos: npt.ArrayLike | None = None,
     ) -> None:
         """Appends rows to their sequences and computes them.
 
@@ -334,6 +363,7 @@ class Context:
             seq_id: ``[n]`` or one id for all; None: 0.
             modality: ``[n]`` or one of ``TEXT``, ``VISUAL`` for all; None: tokens are text, embeddings are visual.
             logits: ``[n]``, true where the row's logits are kept, or one value for all; None: the last row's.
+            pos: ``[n]`` position of each row for RoPE, whatever its place in its sequence; None: that place.
 
         Raises:
             ValueError: Shapes that don't belong together, or no rows.
@@ -363,6 +393,7 @@ class Context:
         batch.seq_id = pointer("seq_id", "int32_t[]", seq_id, np.int32, (n_rows,))
         batch.modality = pointer("modality", "int8_t[]", modality, np.int8, (n_rows,))
         batch.logits = pointer("logits", "int8_t[]", logits, np.int8, (n_rows,))
+        batch.pos = pointer("pos", "int32_t[]", pos, np.int32, (n_rows,))
         check(lib.qcache_decode(self.handle, batch[0]))
 
     def logits(self, row: int = -1, out: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
@@ -380,7 +411,7 @@ class Context:
         """
         pointer = lib.qcache_get_logits_ith(self.handle, row)
         if pointer == ffi.NULL:
-            raise ValueError(f"row {row} of the last batch has no logits")
+            raise ValueError(ffi.string(lib.qcache_last_error()).decode())
         if out is None:
             out = np.empty(self.model.info.n_vocab, dtype=np.float32)
         elif out.nbytes != self._row_bytes:

@@ -1,5 +1,7 @@
-"""Chooses lazy layers from data: prompts with images run through our own runtime, at any weight type and without torch."""
+"""Chooses and corrects lazy layers from data: prompts with images run through our own runtime, at any weight type and without torch."""
 
 from .calibrate import METRICS, Calibration, CalibrationSettings, Measured, calibrate, measure
+from .correct import Corrections
+from .weights import stored_type
 
-__all__ = ["METRICS", "Calibration", "CalibrationSettings", "Measured", "calibrate", "measure"]
+__all__ = ["METRICS", "Calibration", "CalibrationSettings", "Corrections", "Measured", "calibrate", "measure", "stored_type"]

@@ -12,28 +12,35 @@ from tqdm import tqdm
 
 from ..errors import ConversionError
 from ..lazy_keys import MODES
-from ..lazy_layers import leaders_of
+from ..lazy_layers import leaders_of, parse_layers
 from .attention import js_divergence, kl_divergence, log_softmax, sharing_errors, softmax
+from .correct import Corrections, correct, scores_of
 from .samples import PROMPTS, Sample, choose_pairs, find_images, make_samples
 from .select import by_cost, by_descent, by_divergence, by_threshold
+from .weights import Weights
 
 if TYPE_CHECKING:
     from ggml_qcache import Llama
 
 METRICS = ("js", "output", "loss")
+_MOST_LAYERS = 1 << 16  # to read a specification before the model is there
 
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How lazy layers are chosen.
+    """How lazy layers are chosen and corrected.
 
     Attributes:
         images: A folder with images, or images as paths, URLs or anything else that ``Llama`` takes for one.
-        metric: ``js``: the paper's divergence of neighbouring layers' attention. ``output``: the summed error of attention
-            outputs. ``loss``: the divergence of the final logits, measured plan by plan.
+        metric: ``js``: the paper's divergence of neighbouring layers' attention. ``output``: the summed error that attention
+            outputs make in the residual stream. ``loss``: the divergence of the final logits, measured plan by plan.
         mode: ``visual`` or ``global``.
+        layers: The lazy layers, numbers or a specification such as ``9-15,18``; None: they are chosen.
         budget: Share of the KV bytes to save, 0 to 1, at the samples' share of visual tokens.
         threshold: Instead of a budget, with ``js``: the divergence in nats below which a layer is lazy.
+        align_heads: Permute a lazy layer's heads to those of its leader.
+        vis_bias: Add a bias to visual keys' logits in rows of text, with ``visual``.
+        refit: Refit W_o of lazy layers.
         n_samples: Image and prompt pairs.
         prompts: What is asked.
         n_answer: Longest answer in tokens.
@@ -44,13 +51,35 @@ class CalibrationSettings:
     images: Path | Sequence[Any]
     metric: str = "js"
     mode: str = "visual"
+    layers: str | Sequence[int] | None = None
     budget: float | None = 0.35
     threshold: float | None = None
+    align_heads: bool = False
+    vis_bias: bool = False
+    refit: bool = False
     n_samples: int = 16
     prompts: Sequence[str] = PROMPTS
     n_answer: int = 32
     n_other_rows: int = 32
     seed: int = 0
+
+    @property
+    def corrections(self) -> list[str]:
+        """The corrections asked for, in the order they are made."""
+        return [name for name in ("align_heads", "vis_bias", "refit") if getattr(self, name)]
+
+    @property
+    def corrects(self) -> bool:
+        """Whether lazy layers are corrected."""
+        return bool(self.corrections)
+
+    def lazy_layers(self, n_layer: int) -> list[int]:
+        """The layers that were given.
+
+        Raises:
+            ValueError: The specification is malformed or names a layer that the model hasn't.
+        """
+        return parse_layers(self.layers, n_layer) if isinstance(self.layers, str) else sorted(self.layers or ())
 
     def check(self) -> None:
         """Refuses what makes no sense.
@@ -62,7 +91,11 @@ class CalibrationSettings:
             raise ValueError(f"lazy_metric {self.metric!r} isn't one of {', '.join(METRICS)}")
         if self.mode not in MODES:
             raise ValueError(f"lazy_mode {self.mode!r} isn't one of {', '.join(MODES)}")
-        if (self.budget is None) == (self.threshold is None):
+        if self.vis_bias and self.mode != "visual":
+            raise ValueError(f"a bias on visual keys goes with lazy_mode visual, got {self.mode!r}")
+        if self.layers is not None and not self.lazy_layers(_MOST_LAYERS):
+            raise ValueError("there are no lazy layers to correct")
+        if self.layers is None and (self.budget is None) == (self.threshold is None):
             raise ValueError("a budget or a threshold chooses how many layers are lazy: give one of them")
         if self.threshold is not None and (self.metric != "js" or not 0 < self.threshold < math.inf):
             raise ValueError(f"a threshold goes with the metric js and is positive, got {self.threshold} with {self.metric}")
@@ -82,8 +115,8 @@ class Measured:
     Attributes:
         samples: The samples.
         js_divergence: ``[n_layer]`` nats, the last row's attention in layer l against l - 1, mean over heads and samples.
-        output_error: ``[n_layer, n_layer]``, ``[j, l]``: relative squared error of layer l's attention output with leader
-            j, mean over rows and samples.
+        output_error: ``[n_layer, n_layer]``, ``[j, l]``: relative squared error of the residual stream after layer l's
+            attention with leader j, mean over rows and samples.
         log_probs: By sample, ``[n answer rows, n_vocab]`` log-probabilities of the untouched model.
     """
 
@@ -114,6 +147,8 @@ class Calibration:
         kv_saved: Share of KV bytes saved on the samples, counted in blocks.
         logits_kl: KL divergence of the final logits over answer rows from the untouched model's, nats; mean over rows.
         threshold: With ``js``, the divergence in nats below which layers are lazy.
+        corrections: What was corrected, or None.
+        uncorrected_kl: ``logits_kl`` without the corrections.
     """
 
     leaders: list[int]
@@ -122,6 +157,8 @@ class Calibration:
     kv_saved: float
     logits_kl: float
     threshold: float | None
+    corrections: Corrections | None
+    uncorrected_kl: float
 
 
 class Runner:
@@ -137,9 +174,11 @@ class Runner:
         self._n_threads = n_threads
         self.n_layer: int = self._model.info.n_layer
 
-    def context(self, leaders: Sequence[int] | None) -> Any:
+    def context(self, leaders: Sequence[int] | None, vis_bias: npt.NDArray[np.float32] | None = None) -> Any:
         """A new context with these leaders; None: every layer full."""
-        lazy = {"lazy_mode": "off"} if leaders is None else {"lazy_mode": self._mode, "lazy_leader": leaders}
+        lazy: dict[str, Any] = {"lazy_mode": "off"}
+        if leaders is not None:
+            lazy = {"lazy_mode": self._mode, "lazy_leader": leaders, "vis_bias": vis_bias}
         return self._context_class(self._model, n_threads=self._n_threads, n_threads_batch=self._n_threads, **lazy)
 
     def decode(self, context: Any, sample: Sample, rows: npt.NDArray[np.int64]) -> None:
@@ -152,11 +191,17 @@ class Runner:
         """Log-probabilities ``[n answer rows, n_vocab]`` of a sample that was just decoded."""
         return log_softmax(np.stack([context.logits(int(row)) for row in sample.rows[sample.answer_rows]]))
 
-    def kl(self, leaders: Sequence[int], measured: Measured, to_beat: float = math.inf) -> float:
+    def kl(
+        self,
+        leaders: Sequence[int],
+        measured: Measured,
+        to_beat: float = math.inf,
+        vis_bias: npt.NDArray[np.float32] | None = None,
+    ) -> float:
         """Mean KL divergence over answer rows, nats; stops above ``to_beat``, where the value is a lower bound."""
         n_rows = sum(len(log_p) for log_p in measured.log_probs)
         total = 0.0
-        with self.context(leaders) as context:
+        with self.context(leaders, vis_bias) as context:
             for sample, log_p in zip(measured.samples, measured.log_probs, strict=True):
                 self.decode(context, sample, sample.rows[sample.answer_rows])
                 total += float(kl_divergence(log_p, self.answer_log_probs(context, sample)).sum())
@@ -203,26 +248,27 @@ def measure(llm: "Llama", settings: CalibrationSettings, progress: bool = False,
         raise ConversionError("there are no calibration images")
     pairs = choose_pairs(images, settings.prompts, settings.n_samples, settings.seed)
     runner = Runner(llm, settings.mode, n_threads)
-    n_layer = runner.n_layer
+    n_layer, weights = runner.n_layer, Weights(llm.model_path)
     samples: list[Sample] = []
     log_probs: list[npt.NDArray[np.float32]] = []
     divergence, errors = np.zeros(n_layer), np.zeros((n_layer, n_layer))
     made = make_samples(llm, pairs, settings.n_answer, settings.n_other_rows, settings.seed)
     with runner.context(None) as context:
         for sample in tqdm(made, total=len(pairs), desc="calibrating", unit="sample", disable=not progress):
-            context.capture_start("scores")
+            context.capture_start("scores", "hidden")
             runner.decode(context, sample, sample.rows)
-            n_keys = len(sample.tokens)
-
-            def scores(layer: int) -> npt.NDArray[np.float32]:
-                out = np.full((len(sample.rows), llm.native_model.info.n_head, n_keys), -np.inf, dtype=np.float32)
-                for i, row in enumerate(sample.rows):
-                    out[i, :, : row + 1] = context.captured("scores", layer, int(row))
-                return out
-
             last = [softmax(context.captured("scores", layer)) for layer in range(n_layer)]
             divergence[1:] += [js_divergence(p, q).mean() for p, q in zip(last, last[1:])]
-            errors += sharing_errors(scores, context.seq_v, sample.visual[sample.rows], sample.visual, settings.mode, n_layer)
+            errors += sharing_errors(
+                lambda layer: scores_of(context, layer, sample),
+                context.seq_v,
+                lambda layer: weights[f"blk.{layer}.attn_output.weight"],
+                lambda layer: np.stack([context.captured("hidden", layer - 1, int(row)) for row in sample.rows]),
+                sample.visual[sample.rows],
+                sample.visual,
+                settings.mode,
+                n_layer,
+            )
             log_probs.append(runner.answer_log_probs(context, sample))
             samples.append(sample)
             context.capture_stop()
@@ -236,7 +282,7 @@ def calibrate(
     progress: bool = False,
     n_threads: int = 0,
 ) -> Calibration:
-    """Chooses the lazy layers of a model.
+    """Chooses the lazy layers of a model and corrects them.
 
     Args:
         llm: The model with its mmproj, loaded with ``lazy_layers="none"``.
@@ -254,7 +300,9 @@ def calibrate(
     runner = Runner(llm, settings.mode, n_threads)
     divergence = measured.js_divergence
     threshold = settings.threshold
-    if threshold is not None:
+    if settings.layers is not None:
+        leaders, threshold = leaders_of(settings.lazy_layers(runner.n_layer), runner.n_layer), None
+    elif threshold is not None:
         leaders = by_threshold(divergence, threshold)
     else:
         n_lazy = _n_lazy_for(runner, settings, measured)
@@ -268,7 +316,16 @@ def calibrate(
         else:
             leaders = _by_loss(runner, measured, js, output, progress)
     kv_saved = runner.kv_saved(leaders, measured.samples)
-    return Calibration(leaders, settings, measured, kv_saved, runner.kl(leaders, measured), threshold)
+    kl = uncorrected_kl = runner.kl(leaders, measured)
+    corrections = None
+    if settings.corrects:
+        corrections = correct(
+            llm, leaders, measured.samples, settings.mode, progress=progress, n_threads=n_threads,
+            **dict.fromkeys(settings.corrections, True),
+        )  # fmt: skip
+        with Weights(llm.model_path).replaced(llm.native_model, corrections.weights):
+            kl = runner.kl(leaders, measured, vis_bias=corrections.vis_bias)
+    return Calibration(leaders, settings, measured, kv_saved, kl, threshold, corrections, uncorrected_kl)
 
 
 def _n_lazy_for(runner: Runner, settings: CalibrationSettings, measured: Measured) -> int:

@@ -1,0 +1,413 @@
+"""Brings lazy layers nearer to what they were: heads aligned with the leader's, a bias on visual keys, W_o refitted.
+
+The layers are corrected from the first to the last, each on the inputs that it will see once those before it are lazy and
+corrected. One Lazy Block is computed at a time, on the residual streams that entered it: all blocks together cost a few
+prefills of the samples, whatever the depth of the model.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import linear_sum_assignment
+from tqdm import tqdm
+
+from .attention import shared_scores, softmax
+from .samples import Sample
+from .weights import Weights
+
+if TYPE_CHECKING:
+    from ggml_qcache import Llama
+
+Array = npt.NDArray[np.float32]
+
+RIDGES = tuple(10.0**e for e in range(-5, 2))  # tried, times the mean eigenvalue
+LARGEST_BIAS = 10.0  # of a visual key's logit, either way
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Relative squared error of the residual stream after a lazy layer's attention, as each correction left it.
+
+    None where a correction wasn't made.
+    """
+
+    layer: int
+    shared: float
+    aligned: float | None = None
+    biased: float | None = None
+    refitted: float | None = None
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """What makes lazy layers err less.
+
+    Attributes:
+        weights: New f32 values by GGUF name, in numpy's order of dimensions.
+        vis_bias: ``[n_layer, n_head]`` f32, what is added to the logits of visual keys in rows of text; None: nothing.
+        errors: By lazy layer.
+    """
+
+    weights: dict[str, Array] = field(default_factory=dict)
+    vis_bias: Array | None = None
+    errors: list[LayerError] = field(default_factory=list)
+
+
+class Streams:
+    """Runs a few layers of the model on the samples."""
+
+    def __init__(self, llm: "Llama", samples: Sequence[Sample], mode: str, n_threads: int) -> None:
+        from ggml_qcache.native import Context
+
+        self._context_class = Context
+        self._model = llm.native_model
+        self._mode = mode
+        self._n_threads = n_threads
+        self._n_ctx = max(len(sample.tokens) for sample in samples)
+
+    def context(self, first: int, last: int, leaders: Sequence[int] | None = None, vis_bias: Array | None = None) -> Any:
+        """A context of layers ``first`` to ``last``; every layer full without leaders."""
+        lazy: dict[str, Any] = {"lazy_mode": "off"}
+        if leaders is not None:
+            # what lies outside of the layers isn't computed
+            lazy = {"lazy_mode": self._mode, "lazy_leader": leaders, "vis_bias": vis_bias}
+        return self._context_class(
+            self._model, n_ctx=self._n_ctx, n_threads=self._n_threads, n_threads_batch=self._n_threads,
+            layer_first=first, n_layers=last - first + 1, **lazy,
+        )  # fmt: skip
+
+    @staticmethod
+    def run(context: Any, sample: Sample, stream: Array | None, rows: npt.NDArray[np.int64] | None, *what: str) -> None:
+        """Computes a sample from its start.
+
+        Args:
+            context: The layers.
+            sample: Tokens and modality.
+            stream: ``[n, n_embd]`` residual stream before the first of the layers; None: the sample's own rows.
+            rows: Rows to capture at; None: all.
+            *what: What to capture.
+        """
+        context.clear()
+        context.capture_start(*what)
+        wanted: Any = True if rows is None else np.isin(np.arange(len(sample.tokens)), rows)
+        tokens, embeddings = (sample.tokens, sample.embeddings) if stream is None else (None, stream)
+        context.decode(tokens, embeddings, modality=sample.visual, logits=wanted)
+
+    @staticmethod
+    def captured(context: Any, what: str, layer: int, n_rows: int) -> Array:
+        """``[n_rows, n]`` of a layer that was captured at all rows."""
+        return np.stack([context.captured(what, layer, row).ravel() for row in range(n_rows)])
+
+
+def scores_of(context: Any, layer: int, sample: Sample) -> Array:
+    """``[n rows, n_head, n_keys]`` logits of a layer at the sample's rows, -inf where a row doesn't see a key."""
+    first = context.captured("scores", layer, int(sample.rows[0]))
+    out = np.full((len(sample.rows), len(first), len(sample.tokens)), -np.inf, dtype=np.float32)
+    for i, row in enumerate(sample.rows):
+        out[i, :, : row + 1] = context.captured("scores", layer, int(row))
+    return out
+
+
+def head_order(cost: npt.NDArray[np.float64], n_head_kv: int) -> npt.NDArray[np.int64]:
+    """Which head goes where, so that the cost is least and heads that share a key stay together.
+
+    Args:
+        cost: ``[n_head, n_head]``: ``[h, place]``, what head h costs in a place.
+        n_head_kv: Number of keys.
+
+    Returns:
+        ``[n_head]``: the head that comes to each place.
+    """
+    n_group = len(cost) // n_head_kv
+    blocks = cost.reshape(n_head_kv, n_group, n_head_kv, n_group).transpose(0, 2, 1, 3)
+    inner = [[linear_sum_assignment(block)[1] for block in row] for row in blocks]
+    totals = np.array([[blocks[g, to][np.arange(n_group), inner[g][to]].sum() for to in range(n_head_kv)] for g in range(n_head_kv)])
+    order = np.empty(len(cost), dtype=np.int64)
+    for g, to in zip(*linear_sum_assignment(totals)):
+        order[to * n_group + inner[g][to]] = g * n_group + np.arange(n_group)
+    return order
+
+
+def matching_bias(
+    scores: Sequence[Array], visual: Sequence[npt.NDArray[np.bool_]], wanted: Sequence[Array]
+) -> npt.NDArray[np.float64]:
+    """What to add to the logits of visual keys so that the mean visual attention mass is the wanted one.
+
+    Args:
+        scores: By sample, ``[n_rows, n_head, n_keys]`` of rows of text.
+        visual: By sample, ``[n_keys]``.
+        wanted: By sample, ``[n_rows, n_head]`` mass in the untouched layer.
+
+    Returns:
+        ``[n_head]``, at most ``LARGEST_BIAS`` either way.
+    """
+    # the mass of a row is that of a logistic function: only the gap between the two log-sum-exps counts
+    gaps = []
+    for s, is_visual in zip(scores, visual):
+        kinds = [s[..., is_visual], s[..., ~is_visual]]
+        peaks = [kind.max(-1) for kind in kinds]
+        sums = [np.log(np.exp(kind - peak[..., None]).sum(-1)) + peak for kind, peak in zip(kinds, peaks)]
+        gaps.append(sums[0] - sums[1])
+    gap = np.concatenate(gaps).astype(np.float64)
+    goal = np.concatenate(list(wanted)).mean(0, dtype=np.float64)
+    low, high = np.full(len(goal), -LARGEST_BIAS), np.full(len(goal), LARGEST_BIAS)
+    for _ in range(50):
+        middle = (low + high) / 2
+        too_little = (1 / (1 + np.exp(-(gap + middle)))).mean(0) < goal
+        low, high = np.where(too_little, middle, low), np.where(too_little, high, middle)
+    return (low + high) / 2
+
+
+class Ridge:
+    """Least squares of residuals on inputs, kept as sums, in two parts: one sample in four decides how much to shrink."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        self._gram = np.zeros((2, n_in, n_in))
+        self._cross = np.zeros((2, n_in, n_out))
+        self._power = np.zeros(2)
+        self._n_rows = 0
+        self._n_samples = 0
+
+    def add(self, inputs: Array, residuals: Array, weights: npt.NDArray[np.float64]) -> None:
+        """Adds a sample's rows: ``[n, n_in]``, ``[n, n_out]``, and how much each counts."""
+        scale = np.sqrt(weights)[:, None]
+        x, y = inputs * scale, residuals * scale
+        part = int(self._n_samples % 4 == 3)
+        self._gram[part] += x.T @ x
+        self._cross[part] += x.T @ y
+        self._power[part] += np.sum(y**2)
+        self._n_rows += len(x)
+        self._n_samples += 1
+
+    def error(self, solution: npt.NDArray[np.float64], parts: slice = slice(None)) -> float:
+        """Mean squared error with ``residuals = inputs @ solution``."""
+        gram, cross = self._gram[parts].sum(0), self._cross[parts].sum(0)
+        return float(self._power[parts].sum() - 2 * np.sum(solution * cross) + np.sum(solution * (gram @ solution))) / self._n_rows
+
+    def solve(self) -> npt.NDArray[np.float64]:
+        """``[n_in, n_out]``; zero where nothing lowers the error of the held-out rows."""
+        values, vectors = np.linalg.eigh(self._gram[0])
+        rotated = vectors.T @ self._cross[0]
+        held_out = slice(1, 2)
+        best, best_error = None, self.error(np.zeros_like(rotated), held_out)
+        for ridge in RIDGES:
+            error = self.error(vectors @ (rotated / (values + ridge * values.mean())[:, None]), held_out)
+            if error < best_error:
+                best, best_error = ridge, error
+        if best is None:
+            return np.zeros_like(rotated)
+        gram = self._gram.sum(0)
+        gram[np.diag_indices_from(gram)] += best * np.trace(gram) / len(gram)
+        return np.linalg.solve(gram, self._cross.sum(0))
+
+
+class _Corrector:
+    """Corrects layer by layer; ``weights`` and ``vis_bias`` grow."""
+
+    def __init__(self, llm: "Llama", leaders: Sequence[int], samples: Sequence[Sample], mode: str, n_threads: int) -> None:
+        info = llm.native_model.info
+        self.model, self.n_head, self.n_head_kv, self.head_dim = llm.native_model, info.n_head, info.n_head_kv, info.head_dim
+        self.leaders, self.samples, self.mode = list(leaders), samples, mode
+        self.file = Weights(llm.model_path)
+        self.streams = Streams(llm, samples, mode, n_threads)
+        self.weights: dict[str, Array] = {}
+        self.vis_bias = np.zeros((info.n_layer, info.n_head), dtype=np.float32)
+        self.untouched: list[Array] | None = None  # residual streams before the block, by sample; None: layer 0
+        self.lazy: list[Array] | None = None
+        # of the current block, by layer and sample
+        self.targets: dict[int, list[Array]] = {}
+        self.scores: dict[int, list[Array]] = {}
+        self.values: dict[int, list[Array]] = {}
+
+    def weight(self, layer: int, name: str) -> Array:
+        """The weight in force."""
+        name = f"blk.{layer}.{name}"
+        return self.weights[name] if name in self.weights else self.file[name]
+
+    def set_weight(self, layer: int, name: str, values: Array) -> None:
+        name = f"blk.{layer}.{name}"
+        values = self.file.rounded(name, values)
+        self.model.set_weight(name, values)
+        self.weights[name] = values
+
+    def restore(self) -> None:
+        for name in self.weights:
+            self.model.set_weight(name, self.file[name])
+
+    def output_bias(self, layer: int) -> Array | float:
+        name = f"blk.{layer}.attn_output.bias"
+        return self.file[name] if name in self.file else 0.0
+
+    def measure_block(self, first: int, last: int, with_scores: bool) -> None:
+        """The untouched block: where the residual stream ought to go, and what attention its lazy layers had."""
+        self.targets, self.scores, self.values = {}, {}, {}
+        lazy = [layer for layer in range(first, last + 1) if self.leaders[layer] != layer]
+        out = []
+        with self.streams.context(first, last) as context:
+            for i, sample in enumerate(self.samples):
+                stream = None if self.untouched is None else self.untouched[i]
+                if with_scores and lazy:
+                    self.streams.run(context, sample, stream, sample.rows, "scores")
+                    for layer in (first, *lazy):
+                        self.scores.setdefault(layer, []).append(scores_of(context, layer, sample))
+                        self.values.setdefault(layer, []).append(context.seq_v(layer))
+                self.streams.run(context, sample, stream, None, "attn", "hidden")
+                n = len(sample.tokens)
+                for layer in lazy:
+                    before = self.streams.captured(context, "hidden", layer - 1, n)
+                    attn = self.streams.captured(context, "attn", layer, n)
+                    after = before + attn @ self.file[f"blk.{layer}.attn_output.weight"].T + self.output_bias(layer)
+                    self.targets.setdefault(layer, []).append(after)
+                out.append(self.streams.captured(context, "hidden", last, n))
+        self.untouched = out
+
+    def pass_block(self, first: int, last: int) -> None:
+        """Takes the lazy residual streams through the corrected block."""
+        out = []
+        with self.streams.context(first, last, self.leaders, self.vis_bias) as context:
+            for i, sample in enumerate(self.samples):
+                self.streams.run(context, sample, None if self.lazy is None else self.lazy[i], None, "hidden")
+                out.append(self.streams.captured(context, "hidden", last, len(sample.tokens)))
+        self.lazy = out
+
+    def residuals(self, layer: int) -> Ridge:
+        """What the lazy layer's attention leaves undone."""
+        w_o = self.weight(layer, "attn_output.weight")
+        ridge = Ridge(w_o.shape[1], w_o.shape[0])
+        with self.streams.context(self.leaders[layer], layer, self.leaders, self.vis_bias) as context:
+            for i, sample in enumerate(self.samples):
+                self.streams.run(context, sample, None if self.lazy is None else self.lazy[i], None, "attn", "hidden")
+                n = len(sample.tokens)
+                attn = self.streams.captured(context, "attn", layer, n)
+                before = self.streams.captured(context, "hidden", layer - 1, n)
+                target = self.targets[layer][i]
+                # the next norm divides by the row's size: relative errors count
+                weights = 1 / np.maximum(np.sum(target.astype(np.float64) ** 2, -1), np.finfo(np.float32).tiny)
+                ridge.add(attn, target - before - attn @ w_o.T - self.output_bias(layer), weights)
+        return ridge
+
+    def align(self, layer: int) -> None:
+        """Moves each head to the place where the leader's attention serves it best."""
+        leader = self.leaders[layer]
+        w_o = self.weight(layer, "attn_output.weight").reshape(-1, self.n_head, self.head_dim)
+        cost = np.zeros((self.n_head, self.n_head))
+        for sample, own, of_leader, v in zip(self.samples, self.scores[layer], self.scores[leader], self.values[layer]):
+            row_visual = sample.visual[sample.rows]
+            for h in range(self.n_head):
+                values = v[h // (self.n_head // self.n_head_kv)]
+                mine = own[:, h : h + 1]
+                expected = softmax(mine) @ values
+                shared = softmax(shared_scores(of_leader, mine, row_visual, sample.visual, self.mode)) @ values
+                # |W_o (a - b)|^2 with W_o's Gram matrix
+                gram = w_o[:, h].T @ w_o[:, h]
+                error = shared - expected
+                cost[h] += np.einsum("rpd,de,rpe->p", error, gram, error)
+        order = head_order(cost, self.n_head_kv)
+        if np.array_equal(order, np.arange(self.n_head)):
+            return
+        groups = order[:: self.n_head // self.n_head_kv] // (self.n_head // self.n_head_kv)
+        for name, heads in (("attn_q", order), ("attn_k", groups), ("attn_v", groups)):
+            for suffix in ("weight", "bias"):
+                if f"blk.{layer}.{name}.{suffix}" in self.file:
+                    values = self.weight(layer, f"{name}.{suffix}")
+                    by_head = values.reshape(len(heads), self.head_dim, -1)
+                    self.set_weight(layer, f"{name}.{suffix}", by_head[heads].reshape(values.shape))
+        self.set_weight(layer, "attn_output.weight", np.ascontiguousarray(w_o[:, order].reshape(len(w_o), -1)))
+        self.scores[layer] = [s[:, order] for s in self.scores[layer]]
+
+    def bias(self, layer: int) -> None:
+        """Matches the visual attention mass of the untouched layer."""
+        scores, visual, wanted = [], [], []
+        with self.streams.context(self.leaders[layer], layer, self.leaders, self.vis_bias) as context:
+            for i, sample in enumerate(self.samples):
+                self.streams.run(context, sample, None if self.lazy is None else self.lazy[i], sample.rows, "scores")
+                seen = np.logical_or.accumulate(sample.visual)[sample.rows]  # before an image there is nothing to match
+                text = ~sample.visual[sample.rows] & seen
+                if text.any():
+                    scores.append(scores_of(context, layer, sample)[text])
+                    visual.append(sample.visual)
+                    wanted.append(softmax(self.scores[layer][i][text])[..., sample.visual].sum(-1))
+        if scores:
+            self.vis_bias[layer] = matching_bias(scores, visual, wanted)
+
+    def refit(self, layer: int, ridge: Ridge) -> None:
+        """W_o by ridge regression, pulled to what it was; kept when it helps, rounding included."""
+        w_o = self.weight(layer, "attn_output.weight")
+        rounded = self.file.rounded(f"blk.{layer}.attn_output.weight", (w_o + ridge.solve().T).astype(np.float32))
+        if ridge.error((rounded - w_o).T.astype(np.float64)) < ridge.error(np.zeros(w_o.T.shape)):
+            self.set_weight(layer, "attn_output.weight", rounded)
+
+
+def correct(
+    llm: "Llama",
+    leaders: Sequence[int],
+    samples: Sequence[Sample],
+    mode: str,
+    *,
+    align_heads: bool = False,
+    vis_bias: bool = False,
+    refit: bool = False,
+    progress: bool = False,
+    n_threads: int = 0,
+) -> Corrections:
+    """Corrects the lazy layers of a plan; the model itself is left as it was.
+
+    Args:
+        llm: The model, loaded with ``lazy_layers="none"``.
+        leaders: ``[n_layer]``.
+        samples: What it is measured on.
+        mode: ``visual`` or ``global``.
+        align_heads: Permute a lazy layer's heads, so that each gets the leader's attention that serves it best.
+        vis_bias: Match each head's mean attention mass on visual keys in rows of text; ``visual`` mode only.
+        refit: Refit W_o to the residual stream of the untouched model.
+        progress: Show a progress bar on stderr.
+        n_threads: Threads to compute with, 0: all cores.
+
+    Raises:
+        ValueError: A bias in ``global`` mode, where rows of text have no logits of their own to balance; or too few samples
+            for a refit.
+        QCacheError: The runtime failed.
+    """
+    if vis_bias and mode != "visual":
+        raise ValueError(f"a bias on visual keys goes with lazy_mode visual, got {mode!r}")
+    if refit and len(samples) < 4:
+        raise ValueError(f"a refit needs 4 samples or more, one in four to check it on, got {len(samples)}")
+    corrector = _Corrector(llm, leaders, samples, mode, n_threads)
+    errors: list[LayerError] = []
+    starts = [layer for layer, leader in enumerate(leaders) if leader == layer]
+    n_lazy = len(leaders) - len(starts)
+    try:
+        with tqdm(total=n_lazy, desc="correcting", unit="layer", disable=not progress) as bar:
+            for first, end in zip(starts, [*starts[1:], len(leaders)]):
+                corrector.measure_block(first, end - 1, with_scores=align_heads or vis_bias)
+                for layer in range(first + 1, end):
+                    errors.append(_correct_layer(corrector, layer, align_heads, vis_bias, refit))
+                    bar.update()
+                corrector.pass_block(first, end - 1)
+    finally:
+        corrector.restore()
+    return Corrections(corrector.weights, corrector.vis_bias if vis_bias else None, errors)
+
+
+def _correct_layer(corrector: _Corrector, layer: int, align_heads: bool, vis_bias: bool, refit: bool) -> LayerError:
+    """Makes the corrections asked for; the error is measured after each."""
+
+    def error(ridge: Ridge) -> float:
+        return ridge.error(np.zeros(corrector.weight(layer, "attn_output.weight").T.shape))
+
+    ridge = corrector.residuals(layer)
+    found: dict[str, float] = {"shared": error(ridge)}
+    steps: list[tuple[str, bool, Callable[[], None]]] = [
+        ("aligned", align_heads, lambda: corrector.align(layer)),
+        ("biased", vis_bias, lambda: corrector.bias(layer)),
+        ("refitted", refit, lambda: corrector.refit(layer, ridge)),
+    ]
+    for name, wanted, step in steps:
+        if wanted:
+            step()
+            ridge = corrector.residuals(layer)
+            found[name] = error(ridge)
+    return LayerError(layer, **found)

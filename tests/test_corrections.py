@@ -1,0 +1,239 @@
+"""Corrections of lazy layers: the pieces against brute force and NumPy, the whole on a tiny model, and what is written."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from core_helpers import rewrite_gguf
+from gguf import GGMLQuantizationType, GGUFReader
+from test_calibration import keys_of
+from tiny_llava import N_LAYER, load, picture, tiny_llava
+
+from ggml_qcache import Llama
+from ggml_qcache_convert import leaders_of
+from ggml_qcache_convert.calibration import CalibrationSettings, calibrate, measure
+from ggml_qcache_convert.calibration.attention import softmax
+from ggml_qcache_convert.calibration.calibrate import Runner
+from ggml_qcache_convert.calibration.correct import LARGEST_BIAS, Ridge, correct, head_order, matching_bias
+from ggml_qcache_convert.calibration.weights import Weights
+from ggml_qcache_convert.cli import main
+from ggml_qcache_convert.make_lazy import make_lazy
+
+LEADERS = leaders_of([1, 3, 4, 5, 7], N_LAYER)
+SETTINGS = {"images": [picture(seed) for seed in range(6)], "n_samples": 6, "n_answer": 8, "n_other_rows": 16, "budget": 0.05}
+ALL = {"visual": ("align_heads", "vis_bias", "refit"), "global": ("align_heads", "refit")}
+
+
+@pytest.mark.parametrize(("n_head", "n_head_kv"), [(4, 4), (4, 2), (6, 2), (6, 3), (5, 1)])
+def test_head_order_finds_what_brute_force_finds(n_head: int, n_head_kv: int) -> None:
+    n_group = n_head // n_head_kv
+    for seed in range(5):
+        cost = np.random.default_rng(seed).random((n_head, n_head))
+        totals = []
+        for order in itertools.permutations(range(n_head)):
+            groups = np.array(order).reshape(n_head_kv, n_group) // n_group
+            if (groups == groups[:, :1]).all():  # heads that share a key stay together
+                totals.append(sum(cost[h, place] for place, h in enumerate(order)))
+        order = head_order(cost, n_head_kv)
+        assert sorted(order) == list(range(n_head))
+        assert (order.reshape(n_head_kv, n_group) // n_group == order[::n_group, None] // n_group).all()
+        assert cost[order, np.arange(n_head)].sum() == pytest.approx(min(totals))
+
+
+def test_bias_gives_the_wanted_mass() -> None:
+    rng = np.random.default_rng(2)
+    visual = [np.arange(20) % 3 > 0, np.arange(14) > 3]
+    scores = [rng.normal(size=(n_rows, 3, len(is_visual))).astype(np.float32) for n_rows, is_visual in zip((4, 7), visual)]
+    for s in scores:
+        s[:, :, -2:] = -np.inf  # keys that a row doesn't see
+    wanted = [rng.uniform(0.2, 0.9, s.shape[:2]) for s in scores]
+    bias = matching_bias(scores, visual, wanted)
+    got = [softmax(s + bias[None, :, None] * is_visual)[..., is_visual].sum(-1) for s, is_visual in zip(scores, visual)]
+    np.testing.assert_allclose(np.concatenate(got).mean(0), np.concatenate(wanted).mean(0), atol=1e-6)
+    out_of_reach = matching_bias(scores, visual, [np.ones_like(w) for w in wanted])
+    np.testing.assert_allclose(out_of_reach, LARGEST_BIAS, atol=1e-6)
+
+
+def test_ridge_finds_the_solution_and_its_error() -> None:
+    rng = np.random.default_rng(4)
+    true = rng.normal(size=(6, 3))
+    ridge, xs, ys, ws = Ridge(6, 3), [], [], []
+    for _ in range(8):
+        x, w = rng.normal(size=(40, 6)).astype(np.float32), rng.uniform(0.1, 2.0, 40)
+        y = (x @ true + 0.05 * rng.normal(size=(40, 3))).astype(np.float32)
+        ridge.add(x, y, w)
+        xs, ys, ws = [*xs, x], [*ys, y], [*ws, w]
+    solution = ridge.solve()
+    np.testing.assert_allclose(solution, true, atol=0.03)
+    x, y, w = np.concatenate(xs), np.concatenate(ys), np.concatenate(ws)
+    assert ridge.error(solution) == pytest.approx((w * ((y - x @ solution) ** 2).sum(1)).mean(), rel=1e-4)
+    noise = Ridge(6, 3)
+    for _ in range(8):
+        noise.add(rng.normal(size=(8, 6)), rng.normal(size=(8, 3)), np.ones(8))
+    # nothing to be learned: little is changed, whatever the held-out rows say
+    assert np.abs(noise.solve()).max() < 0.3
+
+
+@pytest.fixture(scope="module")
+def llm() -> Llama:
+    """The tiny model with every layer full."""
+    with load(lazy_layers="none") as loaded:
+        yield loaded
+
+
+@pytest.mark.parametrize("mode", ["visual", "global"])
+def test_each_correction_alone_and_all_together(llm: Llama, mode: str) -> None:
+    measured = measure(llm, CalibrationSettings(mode=mode, **SETTINGS))
+    runner = Runner(llm, mode)
+    before = runner.kl(LEADERS, measured)
+    weights = Weights(llm.model_path)
+    for wanted in [(name,) for name in ALL[mode]] + [ALL[mode]]:
+        made = correct(llm, LEADERS, measured.samples, mode, **dict.fromkeys(wanted, True))
+        assert runner.kl(LEADERS, measured) == before  # the model is as it was
+        assert [error.layer for error in made.errors] == [1, 3, 4, 5, 7]
+        for error in made.errors:
+            steps = [error.shared, error.aligned, error.biased, error.refitted]
+            assert [step is not None for step in steps[1:]] == [name in wanted for name in ("align_heads", "vis_bias", "refit")]
+            if error.refitted is not None:
+                assert error.refitted <= [step for step in steps[:3] if step is not None][-1] * (1 + 1e-6)
+        changed = {name.split(".", 2)[2] for name in made.weights}
+        if wanted == ("refit",):
+            assert changed == {"attn_output.weight"}
+            assert sum(error.refitted for error in made.errors) < 0.9 * sum(error.shared for error in made.errors)
+        if wanted == ("vis_bias",):
+            assert not changed and made.vis_bias[[1, 3, 4, 5, 7]].any(1).all() and not made.vis_bias[[0, 2, 6]].any()
+        if wanted == ("align_heads",):
+            assert made.vis_bias is None
+            # as a full layer it is what it was
+            with weights.replaced(llm.native_model, made.weights):
+                assert runner.kl(list(range(N_LAYER)), measured) < 1e-5
+        with weights.replaced(llm.native_model, made.weights):
+            assert np.isfinite(runner.kl(LEADERS, measured, vis_bias=made.vis_bias))
+
+
+def test_alignment_undoes_a_permutation(tmp_path: Path) -> None:
+    # layer 3 is a copy of layer 2 with its heads in another order: lazy and aligned it is itself again, but for its input
+    files = tiny_llava()
+    weights = Weights(files.plain)
+    head_dim = weights["blk.2.attn_q.weight"].shape[0] // 4  # 4 heads, 2 keys
+    order, groups = [3, 2, 0, 1], [1, 0]
+    new = {}
+    for name, heads in (("attn_q", order), ("attn_k", groups), ("attn_v", groups)):
+        rows = weights[f"blk.2.{name}.weight"].reshape(len(heads), head_dim, -1)
+        new[f"blk.3.{name}.weight"] = rows[heads].reshape(weights[f"blk.2.{name}.weight"].shape)
+    columns = weights["blk.2.attn_output.weight"]
+    new["blk.3.attn_output.weight"] = np.ascontiguousarray(columns.reshape(len(columns), 4, head_dim)[:, order].reshape(columns.shape))
+    new["blk.3.attn_norm.weight"] = weights["blk.2.attn_norm.weight"]
+    for name in ("ffn_down", "attn_output"):
+        new[f"blk.2.{name}.weight"] = 0 * weights[f"blk.2.{name}.weight"]  # so that layer 3 sees what layer 2 saw
+    rewrite_gguf(files.plain, tmp_path / "m.gguf", tensors=new)
+    with load(str(tmp_path / "m.gguf"), lazy_layers="none") as llm:
+        for mode in ("visual", "global"):
+            measured = measure(llm, CalibrationSettings(mode=mode, **SETTINGS))
+            made = correct(llm, leaders_of([3], N_LAYER), measured.samples, mode, align_heads=True)
+            (error,) = made.errors
+            assert error.shared > 1e-3
+            assert error.aligned < 1e-6
+
+
+def test_settings_and_samples_refused(llm: Llama) -> None:
+    measured = measure(llm, CalibrationSettings(**SETTINGS))
+    with pytest.raises(ValueError, match="goes with lazy_mode visual, got 'global'"):
+        correct(llm, LEADERS, measured.samples, "global", vis_bias=True)
+    with pytest.raises(ValueError, match="needs 4 samples or more.* got 3"):
+        correct(llm, LEADERS, measured.samples[:3], "visual", refit=True)
+    with pytest.raises(ValueError, match="no lazy layers to correct"):
+        CalibrationSettings(images=[], layers="none", refit=True).check()
+    with pytest.raises(ValueError, match="the range 5-3 is reversed"):
+        CalibrationSettings(images=[], layers="5-3", refit=True).check()
+
+
+@pytest.mark.parametrize(("outtype", "mode"), [("f32", "visual"), ("q4_0", "visual"), ("q8_0", "global")])
+def test_what_is_written_is_what_was_measured(tmp_path: Path, outtype: str, mode: str) -> None:
+    files, source = tiny_llava(), tmp_path / "plain.gguf"
+    reader = GGUFReader(files.plain)
+    names = [tensor.name for tensor in reader.tensors if "attn_" in tensor.name and tensor.name.endswith("weight") and len(tensor.shape) == 2]
+    _requantised(Path(files.plain), source, names, GGMLQuantizationType[outtype.upper()])
+    settings = CalibrationSettings(layers=[1, 3, 4, 5, 7], mode=mode, **dict.fromkeys(ALL[mode], True), **SETTINGS)
+    target = tmp_path / "lazy.gguf"
+    result, made = make_lazy(source, target, settings=settings, mmproj_in=Path(files.mmproj))
+    assert result.leaders == tuple(LEADERS)
+    written = Weights(target)
+    for name, values in made.corrections.weights.items():
+        if mode == "visual" or "attn_q" not in name and "attn_k" not in name:
+            np.testing.assert_array_equal(written[name], values)
+    with load(str(target)) as lazy:
+        assert Runner(lazy, mode).kl(LEADERS, made.measured) == pytest.approx(made.logits_kl, rel=1e-4, abs=1e-7)
+    keys = keys_of(target)
+    assert keys["qcache.calibration.metric"] == "given" and keys["qcache.calibration.corrections"] == ",".join(ALL[mode])
+    assert keys["qcache.calibration.logits_kl_uncorrected"] == np.float32(made.uncorrected_kl)
+    # another copy without corrections has no bias left, the weights stay
+    make_lazy(target, tmp_path / "again.gguf", [3], "visual") if mode == "visual" else None
+    if mode == "visual":
+        assert not any("vis_bias" in tensor.name for tensor in GGUFReader(tmp_path / "again.gguf").tensors)
+
+
+def _requantised(source: Path, target: Path, names: list[str], qtype: GGMLQuantizationType) -> None:
+    """A copy with some matrices in another type."""
+    from gguf import GGUFWriter
+    from gguf.quants import quantize
+
+    reader = GGUFReader(source)
+    writer = GGUFWriter(target, "")
+    writer.kv_data[0].clear()
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF."):
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        if tensor.name in names:
+            writer.add_tensor(tensor.name, quantize(tensor.data, qtype), raw_dtype=qtype)
+        else:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files, images = tiny_llava(), tmp_path / "images"
+    images.mkdir()
+    for seed in range(4):
+        picture(seed).save(images / f"{seed}.png")
+    common = [files.plain, "--mmproj-in", files.mmproj, "--calibration-images", str(images), "--calibration-samples", "4"]
+    for name, arguments in (("a", ["--lazy-layers", "auto", "--lazy-budget", "0.05"]), ("b", ["--lazy-layers", "2-3,6"])):
+        outfile = tmp_path / f"{name}.gguf"
+        assert main([*common, "--outfile", str(outfile), *arguments, "--align-heads", "--vis-bias", "--refit"]) == 0
+        output = capsys.readouterr()
+        assert "uncorrected (align_heads, vis_bias, refit)" in output.out and "correcting: 100%" in output.err
+        assert keys_of(outfile)["qcache.calibration.corrections"] == "align_heads,vis_bias,refit"
+        with load(str(outfile)) as lazy:
+            assert lazy.lazy.mode == "visual"
+    assert keys_of(tmp_path / "b.gguf")["qcache.lazy.leader"] == leaders_of([2, 3, 6], N_LAYER)
+    assert "qcache.calibration.budget" not in keys_of(tmp_path / "b.gguf")
+    for arguments, message in (
+        (["--lazy-layers", "2", "--refit", "--lazy-budget", "0.1"], "--lazy-budget goes with --lazy-layers auto"),
+        (["--refit"], "no lazy layers to correct"),
+        (["--lazy-layers", "9", "--refit"], "layer 9 is out of range, the model has layers 0 to 7"),
+        (["--lazy-layers", "2", "--lazy-mode", "global", "--vis-bias"], "goes with lazy_mode visual, got 'global'"),
+    ):
+        assert main([*common, "--outfile", str(tmp_path / "o.gguf"), *arguments]) == 1
+        assert message in capsys.readouterr().err
+    assert main([files.plain, "--outfile", str(tmp_path / "o.gguf"), "--lazy-layers", "2", "--refit"]) == 1
+    assert "--calibration-images DIR" in capsys.readouterr().err
+    assert not (tmp_path / "o.gguf").exists()
+
+
+def test_one_step_equals_its_parts(llm: Llama) -> None:
+    settings = CalibrationSettings(layers="1,3-5,7", refit=True, **SETTINGS)
+    measured = measure(llm, settings)
+    chosen = calibrate(llm, settings, measured)
+    made = correct(llm, LEADERS, measured.samples, "visual", refit=True)
+    assert chosen.leaders == LEADERS and chosen.corrections.errors == made.errors
+    for name, values in made.weights.items():
+        np.testing.assert_array_equal(chosen.corrections.weights[name], values)
+    runner = Runner(llm, "visual")
+    assert chosen.uncorrected_kl == runner.kl(LEADERS, measured)
+    with Weights(llm.model_path).replaced(llm.native_model, made.weights):
+        assert chosen.logits_kl == runner.kl(LEADERS, measured)
