@@ -16,6 +16,7 @@ import bench_quality
 import report
 from eval import score, test_set as held_out_questions
 from forward import forward
+from quality_runs import Prompt
 from packing import Batch, collate, encode, sample, tokenizer
 from scenes import SHAPES, make_scene, mentions
 from transformers import LlavaForConditionalGeneration
@@ -83,17 +84,39 @@ def test_score_of_right_answers_is_full():
 
 def test_quality_benchmark(tmp_path):
     path = tmp_path / "quality.json"
-    arguments = ["--scenes", "2", "--modes", "visual", "--metrics", "js", "--budgets", "0.2", "--calibration-samples", "2"]
+    arguments = ["--scenes", "2", "--modes", "visual", "--metrics", "js,output", "--budgets", "0.2", "--calibration-samples", "4"]
     assert bench_quality.main([*arguments, "--json", str(path)]) == 0
-    rows = json.loads(path.read_text())["rows"]
-    assert [row["method"] for row in rows] == ["none", "q8_0", "js", "random"]
-    none, q8_0, js, _ = rows
-    assert none["kv_saved"] == none["mean_loss_points"] == none["kl_first_token"] == 0
-    assert q8_0["kv_saved"] == pytest.approx(1 - 34 / 64)
-    assert 0.15 < js["kv_saved"] < 0.3 and len(js["lazy_layers"]) > 2
+    rows = {row["method"]: row for row in json.loads(path.read_text())["rows"]}
+    corrected = [f"output + {name}" for name in ("align_heads", "vis_bias", "refit", "all")]
+    controls = ["q8_0", "attention dropped", "pruned", "scaled"]
+    assert list(rows) == ["none", *controls, "js", "output", "random", *corrected, "output + pruned"]
+    none, js = rows["none"], rows["js"]
+    assert none["kv_saved"] == none["mean_loss_points"] == none["kl"] == 0 and none["top1_agreement"] == 1
+    assert 1 <= none["caption_perplexity"] < 1.5
+    assert rows["q8_0"]["kv_saved"] == pytest.approx(1 - 34 / 64)
+    assert rows["attention dropped"]["kv_saved"] == pytest.approx(0.25, abs=1e-3)  # 4 of 16 layers
+    for method in ("js", "output", "random", "pruned", "scaled", "output + pruned", *corrected):
+        assert 0.12 < rows[method]["kv_saved"] < 0.35, method
+        assert rows[method]["kl"] > 0
+    assert rows["output + refit"]["leaders"] == rows["output"]["leaders"]
+    assert rows["output + refit"]["kl"] != rows["output"]["kl"]
     readme, chart = tmp_path / "README.md", tmp_path / "pareto.png"
     readme.write_text("before\n<!-- bench:quality -->\nold\n<!-- /bench:quality -->\nafter\n")
     assert report.main([str(path), "--write", str(readme), "--pareto", str(chart)]) == 0
     assert f"| js | visual | {len(js['lazy_layers'])} | {js['kv_saved']:.1%} |" in readme.read_text()
     assert chart.read_bytes().startswith(b"\x89PNG")
     assert set(none["tasks"]) == {"existence", "counting", "colour", "relation", "digit", "caption"}
+
+
+def test_scaled_prompts_keep_what_surrounds_the_image():
+    rng = np.random.default_rng(0)
+    tokens = np.array([1, 5, *[-1] * 144, 7], dtype=np.int32)
+    grid = np.add.outer(np.arange(12.0), 2 * np.arange(12.0))  # linear, so it stays linear
+    embeddings = np.zeros((147, 3), np.float32)
+    embeddings[2:146] = grid.reshape(-1, 1) + np.arange(3)
+    prompt = Prompt([0], tokens, embeddings, [], [])
+    small = prompt.scaled(6)
+    assert small.tokens.tolist() == [1, 5, *[-1] * 36, 7]
+    np.testing.assert_allclose(small.embeddings[2:38, 0].reshape(6, 6), grid.reshape(6, 2, 6, 2).mean((1, 3)), rtol=1e-5)
+    same = Prompt([0], tokens, rng.normal(size=(147, 3)).astype(np.float32), [], [])
+    np.testing.assert_allclose(same.scaled(12).embeddings[2:146], same.embeddings[2:146], rtol=1e-5)

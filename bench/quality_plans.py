@@ -1,0 +1,141 @@
+"""What bench_quality compares: lazy layers by every metric with and without corrections, and what else saves KV bytes."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from ggml_qcache import Llama
+from ggml_qcache_convert.calibration import CalibrationSettings, Measured, calibrate, measure
+from ggml_qcache_convert.calibration.calibrate import Runner
+from ggml_qcache_convert.calibration.correct import correct
+from ggml_qcache_convert.calibration.weights import Weights
+from ggml_qcache_convert.lazy_layers import leaders_of
+from quality_runs import Plan
+from scenes import TASKS, ask, make_scene, render
+
+CALIBRATION_SEED = 2_000_000  # training scenes far from any that a training run reaches
+CORRECTIONS = ("align_heads", "vis_bias", "refit")
+PRUNED_AFTER = 2  # layers, as in FastV
+
+
+class Calibrator:
+    """Measures the model on training scenes and makes plans of what it saw."""
+
+    def __init__(self, llm: Llama, folder: Path, n_samples: int) -> None:
+        prompts = []
+        for seed in range(CALIBRATION_SEED, CALIBRATION_SEED + n_samples):
+            scene = make_scene(seed)
+            render(scene).save(folder / f"scene-{seed}.png")
+            rng = random.Random(seed)
+            prompts += [pair[0] for pair in (ask(scene, task, rng) for task in TASKS) if pair]
+        self._llm = llm
+        self._kept = {"images": folder, "n_samples": n_samples, "prompts": sorted(set(prompts)), "n_answer": 96}
+        self._measured: dict[str, Measured] = {}
+        self.n_layer: int = llm.native_model.info.n_layer
+
+    def settings(self, metric: str, mode: str, budget: float) -> CalibrationSettings:
+        """How layers are chosen."""
+        return CalibrationSettings(metric=metric, mode=mode, budget=budget, **self._kept)
+
+    def measured(self, mode: str) -> Measured:
+        """The measurements, made once a mode."""
+        if mode not in self._measured:
+            self._measured[mode] = measure(self._llm, self.settings("js", mode, 0.2), progress=True)
+        return self._measured[mode]
+
+    def lazy(self, metric: str, mode: str, budget: float) -> Plan:
+        """Lazy layers chosen by a metric."""
+        started = time.monotonic()
+        leaders = calibrate(self._llm, self.settings(metric, mode, budget), self.measured(mode), progress=True).leaders
+        return Plan(metric, mode, leaders, seconds=time.monotonic() - started)
+
+    def corrected(self, plan: Plan, wanted: Sequence[str]) -> Plan:
+        """A plan with some of its corrections."""
+        started = time.monotonic()
+        assert plan.leaders is not None
+        samples = self.measured(plan.mode).samples
+        made = correct(self._llm, plan.leaders, samples, plan.mode, progress=True, **dict.fromkeys(wanted, True))
+        names = "all" if len(wanted) > 1 else wanted[0]
+        return replace(
+            plan, method=f"{plan.method} + {names}", weights=made.weights, vis_bias=made.vis_bias,
+            seconds=plan.seconds + time.monotonic() - started,
+        )  # fmt: skip
+
+    def dropped(self, budget: float) -> Plan:
+        """As many layers without attention as the budget takes, those whose loss alone changes the logits least."""
+        started = time.monotonic()
+        runner, measured, weights = Runner(self._llm, "visual"), self.measured("visual"), Weights(self._llm.model_path)
+        everything = list(range(self.n_layer))
+        names = [f"blk.{layer}.attn_output.weight" for layer in everything]
+        costs = []
+        for name in names:
+            with weights.replaced(self._llm.native_model, {name: np.zeros_like(weights[name])}):
+                costs.append(runner.kl(everything, measured))
+        chosen = sorted(np.argsort(costs)[: int(np.ceil(budget * self.n_layer))].tolist())
+        zeros = {names[layer]: np.zeros_like(weights[names[layer]]) for layer in chosen}
+        return Plan("attention dropped", weights=zeros, dropped=chosen, seconds=time.monotonic() - started)
+
+    def visual_share(self) -> float:
+        """Visual tokens of all tokens of the samples."""
+        return self.measured("visual").visual_share
+
+    def random(self, mode: str, n_lazy: int, draw: int) -> Plan:
+        """Layers drawn at random."""
+        chosen = random.Random(f"random:{mode}:{n_lazy}:{draw}").sample(range(1, self.n_layer), n_lazy)
+        return Plan("random", mode, leaders_of(chosen, self.n_layer))
+
+
+def make_plans(
+    llm: Llama, modes: Sequence[str], metrics: Sequence[str], budgets: Sequence[float], controls: Sequence[str], n_samples: int
+) -> Iterator[Plan]:
+    """The rows of the table after the untouched model's.
+
+    Args:
+        llm: The model, with every layer full.
+        modes: Lazy modes.
+        metrics: What chooses lazy layers; the last one's choice is corrected too.
+        budgets: Shares of the KV bytes to save.
+        controls: Of ``corrections``, ``random``, ``dropped``, ``pruned``, ``scaled``, ``quantised``.
+        n_samples: Training scenes to choose on.
+    """
+    if "quantised" in controls:
+        yield Plan("q8_0", kv_type="q8_0")
+    with tempfile.TemporaryDirectory() as folder:
+        calibrator = Calibrator(llm, Path(folder), n_samples)
+        for budget in budgets:
+            if "dropped" in controls:
+                yield calibrator.dropped(budget)
+            # what of the image's tokens is to go
+            share = budget / calibrator.visual_share()
+            pruned = share * calibrator.n_layer / (calibrator.n_layer - PRUNED_AFTER)
+            if "pruned" in controls and pruned < 1:
+                yield Plan("pruned", prune=(PRUNED_AFTER, 1 - pruned))
+            if "scaled" in controls and share < 1:
+                yield Plan("scaled", side=int((144 * (1 - share)) ** 0.5))
+        for mode in modes:
+            for budget in budgets:
+                best = None
+                for metric in metrics:
+                    best = calibrator.lazy(metric, mode, budget)
+                    yield best
+                if best is None:
+                    continue
+                if "random" in controls:
+                    yield calibrator.random(mode, len(best.lazy_layers), 0)
+                if "corrections" in controls:
+                    wanted = [name for name in CORRECTIONS if mode == "visual" or name != "vis_bias"]
+                    for names in [*([name] for name in wanted), wanted]:
+                        yield calibrator.corrected(best, names)
+                if "pruned" in controls and mode == "visual":
+                    # half of the budget each
+                    leaders = best.leaders or []
+                    kept = leaders_of([layer for layer in best.lazy_layers if layer > PRUNED_AFTER], calibrator.n_layer)
+                    share = budget / 2 / calibrator.visual_share() * calibrator.n_layer / (calibrator.n_layer - PRUNED_AFTER)
+                    assert len(leaders) == len(kept)
+                    yield Plan(f"{best.method} + pruned", mode, kept, prune=(PRUNED_AFTER, 1 - share))
