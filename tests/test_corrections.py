@@ -11,6 +11,8 @@ from test_calibration import keys_of
 from tiny_llava import N_LAYER, load, picture, tiny_llava
 
 from ggml_qcache import Llama
+from ggml_qcache.cli import main as inspect_main
+from ggml_qcache.inspection import inspect_file
 from ggml_qcache_convert import leaders_of
 from ggml_qcache_convert.calibration import CalibrationSettings, calibrate, measure
 from ggml_qcache_convert.calibration.attention import softmax
@@ -223,6 +225,35 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([files.plain, "--outfile", str(tmp_path / "o.gguf"), "--lazy-layers", "2", "--refit"]) == 1
     assert "--calibration-images DIR" in capsys.readouterr().err
     assert not (tmp_path / "o.gguf").exists()
+
+
+def test_report_and_inspection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files, images = tiny_llava(), tmp_path / "images"
+    images.mkdir()
+    picture(0).save(images / "0.png")
+    common = [files.plain, "--mmproj-in", files.mmproj, "--calibration-images", str(images), "--calibration-samples", "4"]
+    lazy = ["--lazy-layers", "2-3,6", "--refit", "--align-heads", "--outfile", str(tmp_path / "m.gguf")]
+    for name in ("r.html", "r.PNG"):
+        assert main([*common, *lazy, "--report", str(tmp_path / name)]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "3 of 8 layers lazy, visual mode" in page and "data:image/png;base64," in page and "src=\"http" not in page
+    assert page.count("<tr>") == 7 + 1 + N_LAYER  # facts, headings, layers
+    assert (tmp_path / "r.PNG").read_bytes().startswith(b"\x89PNG")
+    facts = inspect_file(str(tmp_path / "m.gguf"))["lazy"]
+    assert [error > 0 for error in facts["corrected_error"]] == [layer in (2, 3, 6) for layer in range(N_LAYER)]
+    assert len(facts["pair_divergence"]) == N_LAYER**2 and facts["output_error"][2] > 0
+    capsys.readouterr()
+    assert inspect_main(["inspect", str(tmp_path / "m.gguf")]) == 0
+    shown = capsys.readouterr().out
+    assert "corrected" in shown and "JS divergence by pair of layers" in shown
+    for arguments, message in (
+        ([*lazy, "--report", str(tmp_path / "r.pdf")], "a report is a .html or a .png file"),
+        ([*lazy, "--report", str(tmp_path / "none" / "r.png")], "can't be written there"),
+    ):
+        assert main([*common, *arguments]) == 1
+        assert message in capsys.readouterr().err
+    assert main([files.plain, "--lazy-layers", "2", "--report", "r.png"]) == 1
+    assert "--report shows what calibration found" in capsys.readouterr().err
 
 
 def test_one_step_equals_its_parts(llm: Llama) -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .calibration import METRICS, Calibration, CalibrationSettings
+from .calibration import METRICS, Calibration, CalibrationSettings, check_report, write_report
 from .conversion import ConversionResult, convert
 from .lazy_keys import MODES
 from .make_lazy import convert_auto, make_lazy
@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         result, chosen = _run(args)
+        if chosen is not None and args.report is not None:
+            write_report(chosen, result.outfile.stem, args.report)
     except (ValueError, OSError, RuntimeError) as error:  # the last is what the runtime raises
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
@@ -48,6 +50,10 @@ def _run(args: argparse.Namespace) -> tuple[ConversionResult, Calibration | None
     """
     progress = not (args.no_progress or args.quiet)
     settings = _calibration_settings(args)
+    if args.report is not None:
+        if settings is None:
+            raise ValueError("--report shows what calibration found: it goes with --lazy-layers auto or a correction")
+        check_report(args.report)
     if args.model.is_file():
         for option, given in (("--outtype", args.outtype), ("--mmproj", args.mmproj)):
             if given is not None:
@@ -144,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     both = parser.add_argument_group("calibration", "for --lazy-layers auto and for corrections of lazy layers")
     both.add_argument("--calibration-images", type=Path, metavar="DIR", help="images like those the model will see; needed")
+    both.add_argument("--report", type=Path, metavar="FILE", help="show what was found as .html or .png")
     both.add_argument("--align-heads", action="store_true", help="permute a lazy layer's heads to those of its leader")
     both.add_argument("--vis-bias", action="store_true", help="visual mode: balance text rows' attention to images by a bias a head")
     both.add_argument("--refit", action="store_true", help="refit the output matrices of lazy layers by ridge regression")

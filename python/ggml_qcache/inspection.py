@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -58,6 +59,8 @@ def draw(facts: dict[str, Any], console: Console) -> None:
         console.print()
         console.print(_layer_table(facts["lazy"]))
         console.print()
+        if facts["lazy"]["pair_divergence"]:
+            console.print(_pair_map(facts["lazy"]["pair_divergence"], facts["n_layer"]))
         console.print(_kv_table(facts["kv_bytes_per_1000_tokens"]))
 
 
@@ -80,7 +83,10 @@ def _model_facts(reader: GGUFReader, path: str, architecture: str, type_k: str, 
         valid = False
     if not valid:
         raise ModelError(f"{path!r}: 'qcache.lazy.leader' breaks the rules for {n_layer} layers: {leader}")
-    divergence = value(reader, "qcache.lazy.js_divergence")
+    calibration = {
+        name: value(reader, f"qcache.{name}")
+        for name in ("lazy.js_divergence", "calibration.output_error", "calibration.corrected_error", "calibration.pair_divergence")
+    }
     vocabulary = reader.get_field("tokenizer.ggml.tokens")
     return {
         "n_layer": n_layer,
@@ -92,7 +98,12 @@ def _model_facts(reader: GGUFReader, path: str, architecture: str, type_k: str, 
         "n_vocab": None if vocabulary is None else len(vocabulary.data),
         "n_ctx_train": number("context_length"),
         "chat_template": reader.get_field("tokenizer.chat_template") is not None,
-        "lazy": {"mode": mode, "leader": leader, "lazy_layers": lazy_layers, "js_divergence": divergence},
+        "lazy": {
+            "mode": mode,
+            "leader": leader,
+            "lazy_layers": lazy_layers,
+            **{name.partition(".")[2]: found for name, found in calibration.items()},
+        },
         "kv_bytes_per_1000_tokens": kv_bytes_per_1000_tokens(
             n_layer, len(lazy_layers), mode, n_head_kv, head_dim, type_k, type_v
         ),
@@ -164,11 +175,17 @@ def _mib(n_bytes: float) -> str:
 
 def _layer_table(lazy: dict[str, Any]) -> Table:
     """One row a layer; a bracket joins a leader with its lazy layers, and the columns show what each keeps."""
-    leader, mode, divergence = lazy["leader"], lazy["mode"], lazy["js_divergence"]
+    leader, mode = lazy["leader"], lazy["mode"]
+    measured = {
+        "JS divergence": (lazy["js_divergence"], ".4f"),
+        "error": (lazy["output_error"], ".1e"),
+        "corrected": (lazy["corrected_error"], ".1e"),
+    }
+    measured = {name: found for name, found in measured.items() if found[0]}
     title = f"{len(lazy['lazy_layers'])} of {len(leader)} layers lazy" + (f", {mode} mode" if lazy["lazy_layers"] else "")
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in ("layer", "", "", "text", "visual") + (("JS divergence",) if divergence else ()):
-        table.add_column(column, justify="right" if column in ("layer", "JS divergence") else "left")
+    for column in ("layer", "", "", "text", "visual", *measured):
+        table.add_column(column, justify="right" if column == "layer" or column in measured else "left")
     for layer, of in enumerate(leader):
         is_lazy = of != layer
         followed = layer + 1 < len(leader) and leader[layer + 1] not in (layer + 1, None)
@@ -182,8 +199,22 @@ def _layer_table(lazy: dict[str, Any]) -> Table:
             "· V" if is_lazy and mode == "global" else "K V",
             "· V" if is_lazy else "K V",
         ]
-        table.add_row(*row, *([f"{divergence[layer]:.4f}"] if divergence else []), style=style)
+        # a full layer makes no error
+        row += [format(values[layer], form) if name == "JS divergence" or is_lazy else "" for name, (values, form) in measured.items()]
+        table.add_row(*row, style=style)
     return table
+
+
+def _pair_map(pair_divergence: list[float], n_layer: int) -> Text:
+    """Divergence of the attention of each layer (row) from each other (column), in tenths of the most there can be."""
+    text = Text("JS divergence by pair of layers, in tenths of ln 2\n")
+    for row in range(n_layer):
+        text.append(f"{row:4d} ", style="dim")
+        for column in range(n_layer):
+            share = min(1.0, pair_divergence[row * n_layer + column] / math.log(2))
+            text.append(f" {min(9, int(10 * share))}", style=f"white on rgb({round(60 + 190 * share)},{round(30 + 200 * share)},{round(110 - 70 * share)})")
+        text.append("\n")
+    return text
 
 
 def _kv_table(kv: dict[str, Any]) -> Table:

@@ -2,6 +2,18 @@
 
 from .calibrate import METRICS, Calibration, CalibrationSettings, Measured, calibrate, measure
 from .correct import Corrections
+from .report import check_report, write_report
 from .weights import stored_type
 
-__all__ = ["METRICS", "Calibration", "CalibrationSettings", "Corrections", "Measured", "calibrate", "measure", "stored_type"]
+__all__ = [
+    "METRICS",
+    "Calibration",
+    "CalibrationSettings",
+    "Corrections",
+    "Measured",
+    "calibrate",
+    "check_report",
+    "measure",
+    "stored_type",
+    "write_report",
+]

@@ -114,16 +114,22 @@ class Measured:
 
     Attributes:
         samples: The samples.
-        js_divergence: ``[n_layer]`` nats, the last row's attention in layer l against l - 1, mean over heads and samples.
+        pair_divergence: ``[n_layer, n_layer]`` nats, Jensen-Shannon, the last row's attention in one layer against another's,
+            mean over heads and samples.
         output_error: ``[n_layer, n_layer]``, ``[j, l]``: relative squared error of the residual stream after layer l's
             attention with leader j, mean over rows and samples.
         log_probs: By sample, ``[n answer rows, n_vocab]`` log-probabilities of the untouched model.
     """
 
     samples: list[Sample]
-    js_divergence: npt.NDArray[np.float64]
+    pair_divergence: npt.NDArray[np.float64]
     output_error: npt.NDArray[np.float64]
     log_probs: list[npt.NDArray[np.float32]]
+
+    @property
+    def js_divergence(self) -> npt.NDArray[np.float64]:
+        """``[n_layer]``, each layer's divergence from the one before; 0 for layer 0."""
+        return np.concatenate([[0.0], np.diagonal(self.pair_divergence, 1)])
 
     @property
     def n_tokens(self) -> int:
@@ -251,14 +257,15 @@ def measure(llm: "Llama", settings: CalibrationSettings, progress: bool = False,
     n_layer, weights = runner.n_layer, Weights(llm.model_path)
     samples: list[Sample] = []
     log_probs: list[npt.NDArray[np.float32]] = []
-    divergence, errors = np.zeros(n_layer), np.zeros((n_layer, n_layer))
+    divergence, errors = np.zeros((n_layer, n_layer)), np.zeros((n_layer, n_layer))
     made = make_samples(llm, pairs, settings.n_answer, settings.n_other_rows, settings.seed)
     with runner.context(None) as context:
         for sample in tqdm(made, total=len(pairs), desc="calibrating", unit="sample", disable=not progress):
             context.capture_start("scores", "hidden")
             runner.decode(context, sample, sample.rows)
             last = [softmax(context.captured("scores", layer)) for layer in range(n_layer)]
-            divergence[1:] += [js_divergence(p, q).mean() for p, q in zip(last, last[1:])]
+            for layer in range(1, n_layer):
+                divergence[layer, :layer] += [js_divergence(p, last[layer]).mean() for p in last[:layer]]
             errors += sharing_errors(
                 lambda layer: scores_of(context, layer, sample),
                 context.seq_v,
@@ -272,6 +279,7 @@ def measure(llm: "Llama", settings: CalibrationSettings, progress: bool = False,
             log_probs.append(runner.answer_log_probs(context, sample))
             samples.append(sample)
             context.capture_stop()
+    divergence += divergence.T
     return Measured(samples, divergence / len(samples), errors / len(samples), log_probs)
 
 

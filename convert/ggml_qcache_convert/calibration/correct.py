@@ -40,6 +40,11 @@ class LayerError:
     biased: float | None = None
     refitted: float | None = None
 
+    @property
+    def last(self) -> float:
+        """The error in the end."""
+        return next(error for error in (self.refitted, self.biased, self.aligned, self.shared) if error is not None)
+
 
 @dataclass(frozen=True)
 class Corrections:
