@@ -292,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--contexts", type=_numbers, default=[3072], metavar="N,N", help="tokens in each sequence (default: 3072)")
     parser.add_argument("--seqs", type=_numbers, default=[1, 8], metavar="N,N", help="sequences in a batch (default: 1,8)")
     parser.add_argument("--lazy", type=_modes, default=list(LAZY), metavar="MODES", help="of none,visual,global (default: all)")
-    parser.add_argument("--kv", choices=("f16", "q8_0"), default="f16", help="type of our K and V (default: f16)")
+    parser.add_argument("--kv", choices=("f16", "q8_0", "q4_0"), default="f16", help="type of our K and V (default: f16)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="threads of both (default: all cores)")
     parser.add_argument("--steps", type=int, default=12, metavar="N", help="timed steps of each method (default: 12)")
     parser.add_argument(

@@ -11,7 +11,7 @@ the right answers, the last two against the untouched model.
 
 Controls: `random` draws as many lazy layers; `dropped` zeroes the attention of whole layers, which then need no K and V;
 `pruned` keeps the visual tokens of highest attention after two layers (FastV); `scaled` resamples the grid of visual tokens
-to a smaller one; `quantised` stores K and V in eight bits; `corrections` corrects the choice of the last metric.
+to a smaller one; `quantised` stores K and V in eight and in four bits; `corrections` corrects the choice of the last metric.
 """
 
 from __future__ import annotations

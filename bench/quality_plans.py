@@ -105,7 +105,8 @@ def make_plans(
         n_samples: Training scenes to choose on.
     """
     if "quantised" in controls:
-        yield Plan("q8_0", kv_type="q8_0")
+        for kv_type in ("q8_0", "q4_0"):
+            yield Plan(kv_type, kv_type=kv_type)
     with tempfile.TemporaryDirectory() as folder:
         calibrator = Calibrator(llm, Path(folder), n_samples)
         for budget in budgets:

@@ -344,7 +344,7 @@ enum qcache_status check_params(const qcache_model & model, struct qcache_contex
     for (const int32_t type : { p.type_k, p.type_v }) {
         if (!qcache_kv_type_supported(type, model.hparams.head_dim)) {
             const bool known = type >= 0 && type < GGML_TYPE_COUNT && ggml_type_name((enum ggml_type) type) != nullptr;
-            return qcache_fail(QCACHE_STATUS_UNSUPPORTED, "a KV cache of type %d (%s) with head_dim %d is not supported (f16 and q8_0 are)",
+            return qcache_fail(QCACHE_STATUS_UNSUPPORTED, "a KV cache of type %d (%s) with head_dim %d is not supported (f16, q8_0 and q4_0 are)",
                                type, known ? ggml_type_name((enum ggml_type) type) : "unknown", model.hparams.head_dim);
         }
     }

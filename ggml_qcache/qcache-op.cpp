@@ -16,7 +16,7 @@ size_t qcache_kv_row_bytes(int32_t type, int32_t head_dim) {
 }
 
 bool qcache_kv_type_supported(int32_t type, int32_t head_dim) {
-    return (type == GGML_TYPE_F16 || type == GGML_TYPE_Q8_0) && head_dim > 0 && head_dim <= HEAD_DIM_MAX && head_dim % 8 == 0;
+    return (type == GGML_TYPE_F16 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0) && head_dim > 0 && head_dim <= HEAD_DIM_MAX && head_dim % 8 == 0;
 }
 
 //
@@ -26,8 +26,8 @@ bool qcache_kv_type_supported(int32_t type, int32_t head_dim) {
 static bool check_dims(const char * op, int32_t type_k, int32_t type_v, int32_t head_dim, int32_t n_head_kv,
                        int32_t n_block_tokens, const qcache_attn_step * step) {
     if (!qcache_kv_type_supported(type_k, head_dim) || !qcache_kv_type_supported(type_v, head_dim)) {
-        qcache_fail(QCACHE_STATUS_UNSUPPORTED, "%s: K type %d, V type %d with head_dim %d (f16 = %d and q8_0 = %d, multiples of 8 up to %d)",
-                    op, type_k, type_v, head_dim, GGML_TYPE_F16, GGML_TYPE_Q8_0, HEAD_DIM_MAX);
+        qcache_fail(QCACHE_STATUS_UNSUPPORTED, "%s: K type %d, V type %d with head_dim %d (f16 = %d, q8_0 = %d and q4_0 = %d, multiples of 8 up to %d)",
+                    op, type_k, type_v, head_dim, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, HEAD_DIM_MAX);
         return false;
     }
     if (n_head_kv < 1 || n_block_tokens < 1 || n_block_tokens > 4096) {

@@ -73,10 +73,10 @@ struct qcache_attn_params {
     const qcache_attn_step * step;
 };
 
-// bytes of one K or V row; a head_dim that does not fill its last q8_0 group is padded with zeros
+// bytes of one K or V row; a head_dim that does not fill its last group of a quantised type is padded with zeros
 size_t qcache_kv_row_bytes(int32_t type, int32_t head_dim);
 
-// f16 and q8_0 with any head_dim that is a multiple of 8 and at most 256
+// f16, q8_0 and q4_0 with any head_dim that is a multiple of 8 and at most 256
 bool qcache_kv_type_supported(int32_t type, int32_t head_dim);
 
 // the kernels: q_own and q_leader are [n][n_head][head_dim] f32 (either may be NULL where no row needs it),

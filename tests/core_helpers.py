@@ -28,8 +28,10 @@ BOUNDS = {
     # PyTorch with K and V rounded as the cache rounds them
     "reference f16": 1e-6,
     "reference q8_0": 1e-4,
-    # what q8_0 K and V cost against f16 ones
+    "reference q4_0": 5e-3,
+    # what quantised K and V cost against f16 ones
     "q8_0 KV": 1e-2,
+    "q4_0 KV": 1.0,
     # the same rows computed in another order: chunks, steps, kernels
     "rounding": 1e-6,
 }

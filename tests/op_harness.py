@@ -16,8 +16,8 @@ from gguf import GGMLQuantizationType, quants
 import ref_numpy
 from ref_numpy import TEXT, VISUAL
 
-F16, Q8_0 = 1, 8
-TYPE_NAMES = {F16: "f16", Q8_0: "q8_0"}
+F16, Q8_0, Q4_0 = 1, 8, 2
+TYPE_NAMES = {F16: "f16", Q8_0: "q8_0", Q4_0: "q4_0"}
 GUARD = 0xFF
 NONE, WRITE, READ = 0, 1, 2  # score cache
 
@@ -115,13 +115,13 @@ def pack(x: np.ndarray, type_: int) -> np.ndarray:
         return np.ascontiguousarray(x.astype(np.float16)).view(np.uint8)
     fill = padded(type_, x.shape[-1]) - x.shape[-1]
     x = np.pad(x.astype(np.float32), [(0, 0)] * (x.ndim - 1) + [(0, fill)])
-    return quants.quantize(x, GGMLQuantizationType.Q8_0)
+    return quants.quantize(x, GGMLQuantizationType(type_))
 
 
 def unpack(rows: np.ndarray, type_: int, head_dim: int) -> np.ndarray:
     if type_ == F16:
         return np.ascontiguousarray(rows).view(np.float16).astype(np.float64)
-    return quants.dequantize(rows, GGMLQuantizationType.Q8_0)[..., :head_dim].astype(np.float64)
+    return quants.dequantize(rows, GGMLQuantizationType(type_))[..., :head_dim].astype(np.float64)
 
 
 #

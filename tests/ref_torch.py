@@ -2,7 +2,7 @@
 
 Written from PAPER.md's table alone, with dense tensors and in float64. Hugging Face's own linear layers, MLPs and rotary
 embedding are used; norms, attention and the order of things are spelled out here. The only thing shared with the C++ core
-is what its cache is documented to do to K and V (f16, or q8_0 in groups of 32), so that bounds can be tight.
+is what its cache is documented to do to K and V (f16, or q8_0 and q4_0 in groups of 32), so that bounds can be tight.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ def as_cached(x: torch.Tensor, cache_type: str) -> torch.Tensor:
 
     Args:
         x: ``[n_head_kv, n, head_dim]``.
-        cache_type: ``f32`` (as it is), ``f16`` or ``q8_0``.
+        cache_type: ``f32`` (as it is), ``f16``, ``q8_0`` or ``q4_0``.
 
     Returns:
         ``[n_head_kv, n, head_dim]`` of the type of ``x``.
@@ -54,6 +54,13 @@ def as_cached(x: torch.Tensor, cache_type: str) -> torch.Tensor:
         return x.half().to(x.dtype)
     head_dim = x.shape[-1]
     groups = nn.functional.pad(x.float(), (0, -head_dim % 32)).unflatten(-1, (-1, 32))
+    if cache_type == "q4_0":
+        # the value of largest magnitude becomes -8
+        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+        scale = largest / -8
+        scaled = torch.where(scale != 0, groups / scale, 0.0)
+        quants = torch.clamp(torch.floor(scaled + 8.5), 0, 15) - 8
+        return (quants * scale.half().float()).flatten(-2)[..., :head_dim].to(x.dtype)
     scale = groups.abs().amax(-1, keepdim=True) / 127
     scaled = torch.where(scale > 0, groups / scale, 0.0)
     quants = torch.sign(scaled) * torch.floor(scaled.abs() + 0.5)  # halves away from zero, as C's roundf
@@ -91,7 +98,7 @@ def reference_logits(
         leader: ``[n_layer]``; ``leader[l] == l`` is a full layer.
         mode: ``off``, ``global`` or ``visual``.
         vis_bias: δ of lazy layers, ``[n_head]`` each; counts in visual mode only.
-        type_k: How the cache rounds K: ``f32``, ``f16`` or ``q8_0``.
+        type_k: How the cache rounds K: ``f32``, ``f16``, ``q8_0`` or ``q4_0``.
         type_v: Likewise V.
         layers: Gets what each layer computed, row first: ``scores`` and ``probs`` ``[n, n_head, n]``, ``attn``
             ``[n, n_head, head_dim]``, ``hidden`` ``[n, n_embd]``, and its ``v`` ``[n_head_kv, n, head_dim]``.

@@ -54,7 +54,7 @@ def refuses(error: type[Exception], reason: str, file: object = "visual", **argu
         ({"lazy_mode": "both"}, "lazy_mode='both'"),
         ({"lazy_layers": "none", "lazy_mode": "visual"}, "lazy_mode='visual'.*'none'"),
         ({"file": "plain", "lazy_mode": "global"}, "no lazy layers"),
-        ({"type_k": "q4_0"}, "type_k='q4_0'.*'f16', 'q8_0'"),
+        ({"type_k": "q5_0"}, "type_k='q5_0'.*'f16', 'q8_0', 'q4_0'"),
         ({"type_v": 7}, "type_v=7"),
         ({"type_v": True}, "type_v=True"),
         ({"attn_impl": "magic"}, "attn_impl='magic'"),

@@ -125,13 +125,13 @@ def test_lazy_equals_reference(core_models: CoreModels, shape: str, mode: str, b
     assert_close(decode(make_context(model.native, lazy_mode=mode, lazy_leader=leader), prompt), expected, "reference f16")
 
 
-@pytest.mark.parametrize("type_v", ["f16", "q8_0"])
-@pytest.mark.parametrize("type_k", ["f16", "q8_0"])
+@pytest.mark.parametrize("type_v", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("type_k", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("score_cache", ["off", "on", "auto"])
 @pytest.mark.parametrize("attn_impl", ["auto", "scalar", "composed"])
 @pytest.mark.parametrize("mode", ["off", "global", "visual"])
 def test_every_attention_path(core_models: CoreModels, mode: str, attn_impl: str, score_cache: str, type_k: str, type_v: str) -> None:
-    model = core_models["llama-gqa-80"]  # a head_dim that leaves a q8_0 group half empty
+    model = core_models["llama-gqa-80"]  # a head_dim that leaves a group half empty
     prompt = make_prompt(model.native, TWO_IMAGES)
     leader = None if mode == "off" else SEVERAL
     context = make_context(model.native, lazy_mode=mode, lazy_leader=leader, attn_impl=attn_impl, score_cache=score_cache,
@@ -139,9 +139,11 @@ def test_every_attention_path(core_models: CoreModels, mode: str, attn_impl: str
     # prefill and decode take different kernels
     got = decode_in_parts(context, prompt, [len(prompt) - 3, 1, 1, 1])
     expected = reference(model, prompt, SEVERAL, mode, type_k=type_k, type_v=type_v)
-    assert_close(got, expected, "reference f16" if type_k == type_v == "f16" else "reference q8_0")
-    if "q8_0" in (type_k, type_v):
-        assert_close(got, reference(model, prompt, SEVERAL, mode), "q8_0 KV")
+    types = {type_k, type_v}
+    coarsest = next(name for name in ("q4_0", "q8_0", "f16") if name in types)
+    assert_close(got, expected, f"reference {coarsest}")
+    if coarsest != "f16":
+        assert_close(got, reference(model, prompt, SEVERAL, mode), f"{coarsest} KV")
 
 
 @pytest.mark.parametrize("attn_impl", ["auto", "scalar", "composed"])

@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 
 import op_harness
-from op_harness import F16, Q8_0, Case, HarnessError, Sequence, Shape
+from op_harness import F16, Q4_0, Q8_0, Case, HarnessError, Sequence, Shape
 from ref_numpy import TEXT, VISUAL, nmse
 
 # bounds on the NMSE against float64, by path and K, V types; measured: about a fifth of them
 NMSE_MAX = {
-    "scalar": {"f16": 1e-14, "q8_0": 1e-14},
-    "vector": {"f16": 4e-12, "q8_0": 4e-12},
-    "composed": {"f16": 1e-12, "q8_0": 1e-12},
+    "scalar": {"f16": 1e-14, "quantised": 1e-14},
+    "vector": {"f16": 4e-12, "quantised": 4e-12},
+    "composed": {"f16": 1e-12, "quantised": 1e-12},
 }
 
 SEED = 20260201
 KERNELS = op_harness.kernel_names()
 PATHS = [*KERNELS, "composed"]
 MODES = ["off", "global", "visual"]
-TYPES = list(itertools.product((F16, Q8_0), repeat=2))
+TYPES = list(itertools.product((F16, Q8_0, Q4_0), repeat=2))
 DIALOGUE = "t7 v40 t5 v33 t9"  # text-image-text-image-text, partial blocks throughout; 94 tokens
 
 
@@ -36,7 +36,7 @@ def print_seed():
 
 def bound(path, shape):
     kind = path if path in NMSE_MAX else "vector"
-    worst = "q8_0" if Q8_0 in (shape.type_k, shape.type_v) else "f16"
+    worst = "f16" if shape.type_k == shape.type_v == F16 else "quantised"
     return NMSE_MAX[kind][worst]
 
 
@@ -79,7 +79,7 @@ HEAD_DIMS = [32, 40, 64, 80, 96, 128, 256]
 HEADS = [(4, 4), (8, 4), (8, 2), (8, 1), (6, 1), (14, 2), (20, 1)]  # MHA, GQA 2, 4, 8, MQA, GQA 7, MQA 20
 # types, block sizes and modes rotate, so that every pair of values meets somewhere
 GRID = [
-    (d, h, TYPES[i % 4], (32, 16, 64)[(i + i // 7) % 3])
+    (d, h, TYPES[i % 9], (32, 16, 64)[(i + i // 7) % 3])
     for i, (d, h) in enumerate(itertools.product(HEAD_DIMS, HEADS))
 ]
 
@@ -156,7 +156,7 @@ def test_score_cache(path, mode):
             if layers[1].q_source[row][key] == 1:
                 layers[1].k_offset[row][key] = 0
 
-    for kind, heads, type_k in itertools.product(("decode", "prefill", "mixed"), ((4, 4), (8, 2), (20, 1)), (F16, Q8_0)):
+    for kind, heads, type_k in itertools.product(("decode", "prefill", "mixed"), ((4, 4), (8, 2), (20, 1)), (F16, Q8_0, Q4_0)):
         shape = Shape(80, *heads, type_k)
         case = case_of(shape, kind, mode, True)
         _, out, scores = check(case, path, score_cache=True, edit=without_leader)
@@ -286,7 +286,7 @@ REFUSED = [
     ("head_dim", set_field(0, "head_dim", 60), "head_dim 60"),
     ("head_dim_too_big", set_field(0, "head_dim", 264), "head_dim 264"),
     ("type_k", set_field(0, "type_k", 0), "K type 0"),
-    ("type_v", set_field(1, "type_v", 2), "V type 2"),
+    ("type_v", set_field(1, "type_v", 6), "V type 6"),
     ("n_head_kv", set_field(0, "n_head_kv", 0), "n_head_kv 0"),
     ("n_block_tokens", set_field(0, "n_block_tokens", 0), "n_block_tokens 0"),
     ("heads", set_field(0, "n_head", 6), "6 query heads"),
@@ -314,8 +314,8 @@ def test_constructors_refuse(edit, text):
 
 def test_row_bytes_and_types():
     lib = op_harness.library()
-    for type_, head_dim in itertools.product((F16, Q8_0), HEAD_DIMS):
+    for type_, head_dim in itertools.product((F16, Q8_0, Q4_0), HEAD_DIMS):
         assert lib.harness_row_bytes(type_, head_dim) == op_harness.pack(np.zeros((1, head_dim)), type_).shape[-1]
         assert lib.harness_type_supported(type_, head_dim)
-    for type_, head_dim in ((F16, 0), (F16, -8), (F16, 4), (F16, 264), (Q8_0, 100), (0, 64), (2, 64), (39, 64), (-1, 64)):
+    for type_, head_dim in ((F16, 0), (F16, -8), (F16, 4), (F16, 264), (Q8_0, 100), (0, 64), (6, 64), (39, 64), (-1, 64)):
         assert not lib.harness_type_supported(type_, head_dim)

@@ -88,12 +88,12 @@ def test_quality_benchmark(tmp_path):
     assert bench_quality.main([*arguments, "--json", str(path)]) == 0
     rows = {row["method"]: row for row in json.loads(path.read_text())["rows"]}
     corrected = [f"output + {name}" for name in ("align_heads", "vis_bias", "refit", "all")]
-    controls = ["q8_0", "attention dropped", "pruned", "scaled"]
+    controls = ["q8_0", "q4_0", "attention dropped", "pruned", "scaled"]
     assert list(rows) == ["none", *controls, "js", "output", "random", *corrected, "output + pruned"]
     none, js = rows["none"], rows["js"]
     assert none["kv_saved"] == none["mean_loss_points"] == none["kl"] == 0 and none["top1_agreement"] == 1
     assert 1 <= none["caption_perplexity"] < 1.5
-    assert rows["q8_0"]["kv_saved"] == pytest.approx(1 - 34 / 64)
+    assert rows["q8_0"]["kv_saved"] == pytest.approx(1 - 34 / 64) and rows["q4_0"]["kv_saved"] == pytest.approx(1 - 18 / 64)
     assert rows["attention dropped"]["kv_saved"] == pytest.approx(0.25, abs=1e-3)  # 4 of 16 layers
     for method in ("js", "output", "random", "pruned", "scaled", "output + pruned", *corrected):
         assert 0.12 < rows[method]["kv_saved"] < 0.35, method

@@ -339,7 +339,7 @@ def expected_usage(
     }
 
 
-@pytest.mark.parametrize(("type_k", "type_v"), [("f16", "f16"), ("q8_0", "f16"), ("f16", "q8_0"), ("q8_0", "q8_0")])
+@pytest.mark.parametrize(("type_k", "type_v"), [("f16", "f16"), ("q8_0", "f16"), ("f16", "q8_0"), ("q8_0", "q8_0"), ("q4_0", "q8_0")])
 @pytest.mark.parametrize("block_tokens", [16, 32, 64])
 def test_usage_equals_the_formula(core_models: CoreModels, mode: str, block_tokens: int, type_k: str, type_v: str) -> None:
     native = core_models["llama-gqa-80"].native

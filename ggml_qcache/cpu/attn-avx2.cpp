@@ -50,6 +50,11 @@ inline void v_sum4(vf a, vf b, vf c, vf d, float * out) {
 inline vf v_load_f16(const uint8_t * x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x)); }
 inline vf v_load_f16_half(const uint8_t * x) { return v_load_f16(x); }
 inline vf v_load_i8(const uint8_t * x) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) x))); }
+inline vf v_load_i4(const uint8_t * x, bool high) {
+    const vi bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) x));
+    const vi value = high ? _mm256_srli_epi32(bytes, 4) : _mm256_and_si256(bytes, _mm256_set1_epi32(15));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(value, _mm256_set1_epi32(8)));
+}
 inline float s_load_f16(const uint8_t * x) {
     uint16_t h;
     __builtin_memcpy(&h, x, sizeof(h));

@@ -52,6 +52,11 @@ inline vf v_load_f16_half(const uint8_t * x) {
     return _mm512_cvtph_ps(_mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *) x)));
 }
 inline vf v_load_i8(const uint8_t * x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) x))); }
+inline vf v_load_i4(const uint8_t * x, bool high) {
+    const vi bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) x));
+    const vi value = high ? _mm512_srli_epi32(bytes, 4) : _mm512_and_si512(bytes, _mm512_set1_epi32(15));
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(value, _mm512_set1_epi32(8)));
+}
 inline float s_load_f16(const uint8_t * x) {
     uint16_t h;
     __builtin_memcpy(&h, x, sizeof(h));

@@ -23,9 +23,10 @@ const qcache_attn_kernel * qcache_attn_kernel_by_index(int i);
 #define QCACHE_ATTN_DIRECT_QUERIES 8
 
 // ggml_type, without ggml.h
-#define QCACHE_TYPE_F16 1
+#define QCACHE_TYPE_F16  1
+#define QCACHE_TYPE_Q8_0 8
 
-// dims and keys are padded to whole q8_0 groups, which are whole vectors of every instruction set too
+// dims and keys are padded to whole groups of the quantised types, which are whole vectors of every instruction set too
 #define QCACHE_ATTN_PAD 32
 
 static inline size_t qcache_attn_pad(size_t n) {

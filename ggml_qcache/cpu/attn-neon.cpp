@@ -47,6 +47,13 @@ inline vf v_load_i8(const uint8_t * x) {
     __builtin_memcpy(&four, x, sizeof(four));
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four))))));
 }
+inline vf v_load_i4(const uint8_t * x, bool high) {
+    uint32_t four;
+    __builtin_memcpy(&four, x, sizeof(four));
+    const uint8x8_t bytes = vreinterpret_u8_u32(vdup_n_u32(four));
+    const uint8x8_t value = high ? vshr_n_u8(bytes, 4) : vand_u8(bytes, vdup_n_u8(15));
+    return vcvtq_f32_s32(vsubq_s32(vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(value)))), vdupq_n_s32(8)));
+}
 inline float s_load_f16(const uint8_t * x) {
     __fp16 h;
     __builtin_memcpy(&h, x, sizeof(h));

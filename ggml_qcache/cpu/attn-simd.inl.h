@@ -9,6 +9,7 @@
 //   v_sum v_sum4 v_hmax           across a vector; v_sum4 stores the sums of four
 //   v_round_i v_from_i v_pow2     nearest integer; to float; 2^n
 //   v_load_f16 v_load_i8          QV_WIDTH values converted
+//   v_load_i4(x, high)            QV_WIDTH values 0 .. 15, less 8: the lower or the higher halves of as many bytes
 //   v_load_f16_half               8 values, the rest zero (QV_WIDTH 16 only)
 //   s_load_f16                    one value
 //   transpose_8x8(src, src_stride, dst, dst_stride)
@@ -65,12 +66,23 @@ struct kv_f16 {
     static size_t row_bytes(int head_dim) { return (size_t) head_dim * 2; }
 };
 
-// groups of an f16 scale and 32 int8; the last group is filled up with zeros
-struct kv_q8_0 {
-    static constexpr bool grouped = true;
-    static constexpr int  NK1     = 4;
-    static constexpr int  NK2     = 2;
-    static size_t row_bytes(int head_dim) { return (size_t) round_up(head_dim, 32) / 32 * 34; }
+// groups of 32 that share an f16 scale; the last group is filled up with zeros
+template <size_t BYTES> struct kv_groups {
+    static constexpr bool   grouped     = true;
+    static constexpr size_t group_bytes = BYTES;
+    static constexpr int    NK1         = 4;
+    static constexpr int    NK2         = 2;
+    static size_t row_bytes(int head_dim) { return (size_t) round_up(head_dim, 32) / 32 * BYTES; }
+};
+
+// load: values j .. of a group, without its scale
+struct kv_q8_0 : kv_groups<34> {
+    static vf load(const uint8_t * group, int j) { return v_load_i8(group + 2 + j); }
+};
+
+// value j is the lower half of byte j, value j + 16 the higher one
+struct kv_q4_0 : kv_groups<18> {
+    static vf load(const uint8_t * group, int j) { return v_load_i4(group + 2 + j % 16, j >= 16); }
 };
 
 // What is read next starts another page, where no hardware prefetcher goes by itself: each tile of rows brings as many
@@ -94,10 +106,10 @@ template <class T> void rows_to_float(const uint8_t * src, int n, int head_dim, 
         int d = 0;
         if constexpr (T::grouped) {
             for (; d < head_dim; d += 32) {
-                const uint8_t * group = src + d / 32 * 34;
+                const uint8_t * group = src + d / 32 * T::group_bytes;
                 const vf        scale = v_set1(s_load_f16(group));
                 for (int j = 0; j < 32; j += QV_WIDTH) {
-                    v_store(dst + d + j, v_mul(scale, v_load_i8(group + 2 + j)));
+                    v_store(dst + d + j, v_mul(scale, T::load(group, j)));
                 }
             }
         } else {
@@ -146,14 +158,14 @@ inline void qk_tile(const uint8_t * keys, size_t row_bytes, const float * querie
         }
     }
     if constexpr (T::grouped) {
-        for (int d = 0; d < head_dim; d += 32, keys += 34) {
+        for (int d = 0; d < head_dim; d += 32, keys += T::group_bytes) {
             vf part[NQ][NK];
 #pragma GCC unroll 16
             for (int j = 0; j < 32; j += QV_WIDTH) {
                 vf x[NK];
 #pragma GCC unroll 16
                 for (int k = 0; k < NK; k++) {
-                    x[k] = v_load_i8(keys + k * row_bytes + 2 + j);
+                    x[k] = T::load(keys + k * row_bytes, j);
                 }
 #pragma GCC unroll 16
                 for (int q = 0; q < NQ; q++) {
@@ -245,7 +257,7 @@ inline void pv_tile(const uint8_t * values, size_t row_bytes, const float * prob
                     int a_stride) {
     vf w[NQ][NK];
     if constexpr (T::grouped) {
-        for (int d = 0; d < head_dim; d += 32, values += 34) {
+        for (int d = 0; d < head_dim; d += 32, values += T::group_bytes) {
 #pragma GCC unroll 16
             for (int k = 0; k < NK; k++) {
                 const float scale = s_load_f16(values + k * row_bytes);
@@ -263,7 +275,7 @@ inline void pv_tile(const uint8_t * values, size_t row_bytes, const float * prob
                 }
 #pragma GCC unroll 16
                 for (int k = 0; k < NK; k++) {
-                    const vf x = v_load_i8(values + k * row_bytes + 2 + j);
+                    const vf x = T::load(values + k * row_bytes, j);
 #pragma GCC unroll 16
                     for (int q = 0; q < NQ; q++) {
                         a[q] = v_fma(w[q][k], x, a[q]);
@@ -652,11 +664,14 @@ void attn(const qcache_attn_params & p, const float * q_own, const float * q_lea
     }
 }
 
+template <class TK>
+void attn_any_v(const qcache_attn_params & p, const float * q_own, const float * q_leader, float * dst, uint8_t * wdata, int ith, int nth) {
+    const auto fn = p.type_v == QCACHE_TYPE_F16 ? attn<TK, kv_f16> : p.type_v == QCACHE_TYPE_Q8_0 ? attn<TK, kv_q8_0> : attn<TK, kv_q4_0>;
+    fn(p, q_own, q_leader, dst, wdata, ith, nth);
+}
+
 void attn_any(const qcache_attn_params & p, const float * q_own, const float * q_leader, float * dst, uint8_t * wdata, int ith, int nth) {
-    const bool k_f16 = p.type_k == QCACHE_TYPE_F16;
-    const bool v_f16 = p.type_v == QCACHE_TYPE_F16;
-    const auto fn    = k_f16 ? (v_f16 ? attn<kv_f16, kv_f16> : attn<kv_f16, kv_q8_0>)
-                             : (v_f16 ? attn<kv_q8_0, kv_f16> : attn<kv_q8_0, kv_q8_0>);
+    const auto fn = p.type_k == QCACHE_TYPE_F16 ? attn_any_v<kv_f16> : p.type_k == QCACHE_TYPE_Q8_0 ? attn_any_v<kv_q8_0> : attn_any_v<kv_q4_0>;
     fn(p, q_own, q_leader, dst, wdata, ith, nth);
 }
 

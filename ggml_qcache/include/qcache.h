@@ -143,7 +143,7 @@ struct qcache_context_params {
     int32_t                 n_seq_max;       // sequence ids are 0 .. n_seq_max-1, default 1
     int32_t                 n_threads;       // decode; 0: all cores
     int32_t                 n_threads_batch; // prefill; 0: all cores
-    int32_t                 type_k;          // a ggml_type: 1 (f16, default) or 8 (q8_0)
+    int32_t                 type_k;          // a ggml_type: 1 (f16, default), 8 (q8_0) or 2 (q4_0)
     int32_t                 type_v;          // likewise
     int32_t                 n_block_tokens;  // tokens in a KV block: 16, 32 (default) or 64
     size_t                  kv_bytes_max;    // limit on KV bytes, 0: none

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     for command, purpose in ((run, "of the cache"), (look, "to reckon with")):
         for name in ("k", "v"):
             command.add_argument(
-                f"--type-{name}", choices=("f16", "q8_0"), default="f16", help=f"type of {name.upper()} {purpose} (default: f16)"
+                f"--type-{name}", choices=("f16", "q8_0", "q4_0"), default="f16", help=f"type of {name.upper()} {purpose} (default: f16)"
             )
     return parser
 

@@ -87,7 +87,7 @@ class Llama(base.Llama):
             n_threads: Threads to generate with, None: all cores.
             n_threads_batch: Threads to evaluate prompts with, None: all cores.
             seed: Seed of the samplers.
-            type_k: Type of the K cache, ``"f16"`` (default) or ``"q8_0"``, or its ``ggml_type``.
+            type_k: Type of the K cache, ``"f16"`` (default), ``"q8_0"`` or ``"q4_0"``, or its ``ggml_type``.
             type_v: Type of the V cache, likewise.
             kv_bytes_max: Limit on the bytes of the KV cache, 0: none. It grows with use either way.
             block_tokens: Tokens of a KV block, 16, 32 or 64.

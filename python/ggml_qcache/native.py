@@ -49,7 +49,7 @@ SCORE_CACHES: dict[str, int] = {
     "off": lib.QCACHE_SCORE_CACHE_OFF,
     "on": lib.QCACHE_SCORE_CACHE_ON,
 }
-KV_TYPES: dict[str, int] = {"f16": 1, "q8_0": 8}  # names and numbers of ggml_type
+KV_TYPES: dict[str, int] = {"f16": 1, "q8_0": 8, "q4_0": 2}  # names and numbers of ggml_type
 
 CAPTURES: dict[str, int] = {
     "scores": lib.QCACHE_CAPTURE_SCORES,
@@ -250,7 +250,7 @@ class Context:
             n_seq_max: Sequence ids are 0 to ``n_seq_max - 1``.
             n_threads: Threads to decode, 0: all cores.
             n_threads_batch: Threads to prefill, 0: all cores.
-            type_k: Type of the K cache, ``"f16"`` or ``"q8_0"``, or its ``ggml_type``.
+            type_k: Type of the K cache, ``"f16"``, ``"q8_0"`` or ``"q4_0"``, or its ``ggml_type``.
             type_v: Type of the V cache, likewise.
             block_tokens: Tokens of a KV block, 16, 32 or 64.
             kv_bytes_max: Limit on KV bytes, 0: none.

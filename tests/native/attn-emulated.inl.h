@@ -61,6 +61,9 @@ inline void v_sum4(vf a, vf b, vf c, vf d, float * out) {
     out[3] = v_sum(d);
 }
 
+inline vf v_load_i4(const uint8_t * x, bool high) {
+    return each([&](int i) { return (float) ((high ? x[i] >> 4 : x[i] & 15) - 8); });
+}
 inline float s_load_f16(const uint8_t * x) {
     ggml_fp16_t h;
     __builtin_memcpy(&h, x, sizeof(h));
