@@ -14,8 +14,9 @@ sys.path[:0] = [str(ROOT / "bench"), str(MINI_LLAVA)]
 
 import bench_quality
 import report
-from eval import score, test_set as held_out_questions
+from eval import score, test_set as held_out_questions, write_questions
 from forward import forward
+from ggml_qcache.evaluation import read_items
 from quality_runs import Prompt
 from packing import Batch, collate, encode, sample, tokenizer
 from scenes import SHAPES, make_scene, mentions
@@ -80,6 +81,12 @@ def test_score_of_right_answers_is_full():
     result = score(tests, [test[3] for test in tests])
     assert result["closed_mean"] == 1.0 and not result["wrong"]
     assert result["caption"] == {"recalled": 1.0, "hallucinated": 0.0}
+
+
+def test_questions_as_a_file(tmp_path):
+    items = read_items(write_questions(tmp_path / "q", 2, 5))
+    assert [(item.task, item.question, item.answer) for item in items] == [test[1:] for test in held_out_questions(2, 5)]
+    assert {Path(item.image).name for item in items} == {"5.png", "6.png"} and all(Path(item.image).is_file() for item in items)
 
 
 def test_quality_benchmark(tmp_path):

@@ -2,6 +2,7 @@
 
     python eval.py                       # 1,000 scenes, minutes on two cores
     python eval.py --scenes 100 --json accuracy.json
+    python eval.py --questions DIR       # writes pictures and questions.jsonl for `qcache eval`, runs nothing
 
 Another runtime is scored by the same rules: ``evaluate`` takes any callable that answers a list of
 ``(image, question)`` pairs.
@@ -178,6 +179,20 @@ def write_json(result: dict, path: Path) -> None:
     os.replace(f.name, path)
 
 
+def write_questions(folder: Path, n_scenes: int, first_seed: int) -> Path:
+    """Writes held-out scenes and their questions as ``qcache eval`` reads them; returns the file of questions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for seed, task, question, answer in test_set(n_scenes, first_seed):
+        image = f"{seed}.png"
+        if not (folder / image).exists():
+            render(make_scene(seed, "heldout")).save(folder / image)
+        lines.append(json.dumps({"image": image, "question": question, "answer": answer, "task": task}))
+    path = folder / "questions.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", type=Path, default=HERE / "model", help="checkpoint folder")
@@ -186,7 +201,11 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=50, help="questions a batch")
     p.add_argument("--json", type=Path, help="write the result here too")
     p.add_argument("--show-wrong", type=int, default=0, metavar="N", help="print the first N mistakes of each task")
+    p.add_argument("--questions", type=Path, metavar="DIR", help="write pictures and questions there instead")
     args = p.parse_args()
+    if args.questions is not None:
+        print(write_questions(args.questions, args.scenes, args.first_seed))
+        return
 
     console = Console()
     started = time.monotonic()

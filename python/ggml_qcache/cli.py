@@ -1,8 +1,9 @@
-"""The command ``qcache``: ask a model about images, and look into model files."""
+"""The command ``qcache``: ask a model about images, measure what lazy layers cost, and look into model files."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -10,8 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from tqdm import tqdm
 
 from . import Llama, QCacheError, __version__
+from .evaluation import draw as draw_rows
+from .evaluation import evaluate, read_items
 from .inspection import draw, inspect_file
 
 
@@ -63,13 +67,34 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--stats", action="store_true", help="print every measurement")
     run.add_argument("--verbose", action="store_true", help="log what the libraries do")
 
+    test = commands.add_parser(
+        "eval",
+        help="ask questions with known answers, beside the untouched model",
+        description="Ask questions about images whose answers are known; with --against show what a file lost.",
+    )
+    test.set_defaults(run=_eval)
+    test.add_argument("model", metavar="MODEL", help="text GGUF")
+    test.add_argument("--mmproj", metavar="FILE", required=True, help="vision GGUF of the model")
+    test.add_argument(
+        "--data", metavar="FILE", required=True, help='JSON Lines: {"image": PATH, "question": TEXT, "answer": TEXT, "task": TEXT}'
+    )
+    test.add_argument("--against", metavar="MODEL", help="text GGUF of the untouched model, which runs with every layer full")
+    test.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
+    test.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
+    test.add_argument("--n-ctx", type=int, default=4096, metavar="N", help="longest prompt and answer (default: 4096)")
+    test.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
+    test.add_argument("--lazy-layers", default="auto", metavar="SPEC", help="auto, none, or e.g. 5-7,9-15 (default: auto)")
+    test.add_argument("--lazy-mode", choices=("visual", "global"), help="which tokens share (default: as the file says)")
+    test.add_argument("--json", metavar="FILE", help="write the rows there too")
+    test.add_argument("--no-progress", action="store_true", help="no progress bar")
+
     look = commands.add_parser(
         "inspect", help="show what is in a model file", description="Show architecture, sizes and Lazy Blocks of a file."
     )
     look.set_defaults(run=_inspect)
     look.add_argument("file", metavar="FILE", help="text GGUF or mmproj GGUF")
     look.add_argument("--json", action="store_true", help="print JSON")
-    for command, purpose in ((run, "of the cache"), (look, "to reckon with")):
+    for command, purpose in ((run, "of the cache"), (test, "of the cache"), (look, "to reckon with")):
         for name in ("k", "v"):
             command.add_argument(
                 f"--type-{name}", choices=("f16", "q8_0", "q4_0"), default="f16", help=f"type of {name.upper()} {purpose} (default: f16)"
@@ -133,6 +158,28 @@ def _summary(usage: dict[str, Any], timings: dict[str, float]) -> str:
         f"KV cache {usage['bytes']:,} bytes, {share:.1%} of the {usage['bytes_if_full']:,} of a full one; "
         f"image {timings['image_ms']:.0f} ms, {speed('prefill')}, {speed('decode')}"
     )
+
+
+def _eval(args: argparse.Namespace) -> None:
+    items = read_items(args.data)
+    if args.limit is not None:
+        if args.limit < 1:
+            raise ValueError(f"--limit {args.limit} leaves no questions")
+        items = items[: args.limit]
+    kept = {"mmproj_path": args.mmproj, "n_ctx": args.n_ctx, "n_threads": args.threads, "n_threads_batch": args.threads, "verbose": False}
+    with contextlib.ExitStack() as stack:
+        models = []
+        if args.against is not None:
+            models.append(("untouched", stack.enter_context(Llama(args.against, lazy_layers="none", **kept))))
+        lazy = {"lazy_layers": args.lazy_layers, "lazy_mode": args.lazy_mode, "type_k": args.type_k, "type_v": args.type_v}
+        models.append((os.path.basename(args.model), stack.enter_context(Llama(args.model, **lazy, **kept))))
+        rows = evaluate(models, tqdm(items, unit="question", disable=args.no_progress), args.max_tokens)
+    if args.json:
+        temporary = f"{args.json}.{os.getpid()}.part"
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump({"data": os.fspath(args.data), "rows": rows}, file, indent=1)
+        os.replace(temporary, args.json)
+    draw_rows(rows, Console())
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -484,6 +484,32 @@ class Llama(base.Llama):
         ids = self.input_ids[: self.n_tokens].astype(np.int32)
         return ids, self._visual_embeddings(ids, 0)
 
+    def continuation_logits(self, n_past: int, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits before each token of a continuation of what was evaluated. Nothing is held afterwards, as after ``reset``.
+
+        Args:
+            n_past: Tokens of what was evaluated that come before the continuation; the last of them is one of text.
+            tokens: ``[n]`` tokens of the continuation, at least one.
+
+        Returns:
+            ``[n, n_vocab]`` f32.
+
+        Raises:
+            ValueError: ``n_past`` out of range or after a visual token, or no tokens.
+            QCacheError: The continuation doesn't fit.
+        """
+        if not 0 < n_past <= self.n_tokens or self.input_ids[n_past - 1] < 0 or not len(tokens):
+            raise ValueError(
+                f"{len(tokens)} tokens after {n_past} of {self.n_tokens}: there must be some, after a token of text that was evaluated"
+            )
+        self._context.seq_rm(0, n_past - 1)
+        last = int(self.input_ids[n_past - 1])
+        try:
+            self._context.decode([last, *tokens[:-1]], logits=True)
+            return np.stack([self._context.logits(row) for row in range(len(tokens))])
+        finally:
+            self.reset()
+
     def sample(self, *args: Any, idx: Optional[int] = None, **sampling: Any) -> int:
         """Samples a token from the logits of an evaluated one.
 
