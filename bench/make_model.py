@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ggml_qcache_convert.hparams import TextParams
 from ggml_qcache_convert.plan import OutputTensor, TensorPicker
+from ggml_qcache_convert.outtypes import OutType
 from ggml_qcache_convert.text_model import add_text_keys, text_tensors
 from ggml_qcache_convert.vocab import Vocab, add_vocab_keys
 from ggml_qcache_convert.writer import AtomicFiles, stored_layout
@@ -99,7 +100,7 @@ def make_model(
         preset: A key of ``PRESETS``.
         out: File to write.
         n_layer: Layers; None: as many as the preset has.
-        weight_type: A key of ``TYPES``. Vectors are f32; rows that aren't whole blocks are f16.
+        weight_type: A key of ``TYPES``. Vectors are f32; rows that aren't whole blocks are of a type with smaller ones.
         seed: Seed of the weights.
         shrink: Divides KV heads, the MLP and the vocabulary, for tests: head size and GQA group stay.
         progress: Show a progress bar on stderr.
@@ -120,7 +121,8 @@ def make_model(
     if params.n_layer < 1:
         raise ValueError(f"a model has at least one layer, got {params.n_layer}")
     kind = TYPES[weight_type]
-    plan = text_tensors(params, _NamesOnly(params.tied), kind.qtype, without_qk=())
+    output = GGMLQuantizationType.Q8_0 if kind.qtype == GGMLQuantizationType.Q4_0 else None
+    plan = text_tensors(params, _NamesOnly(params.tied), OutType(kind.qtype, kind.file_type, output), without_qk=())
     rng = np.random.Generator(np.random.SFC64(seed))
 
     writer = GGUFWriter(None, params.arch)
@@ -128,7 +130,7 @@ def make_model(
     add_vocab_keys(writer, dummy_vocab(params.n_vocab))
     sizes = {tensor.name: _nbytes(tensor) for tensor in plan}
     for tensor in plan:
-        shape, dtype = stored_layout(tensor)
+        shape, dtype = stored_layout(tensor.shape, tensor.qtype)
         writer.add_tensor_info(tensor.name, shape, dtype, sizes[tensor.name], raw_dtype=tensor.qtype)
     total = sum(sizes.values())
     with (
@@ -199,13 +201,13 @@ class _NamesOnly(TensorPicker):
 
 
 def _nbytes(tensor: OutputTensor) -> int:
-    shape, dtype = stored_layout(tensor)
+    shape, dtype = stored_layout(tensor.shape, tensor.qtype)
     return math.prod(shape) * dtype.itemsize
 
 
 def _values(tensor: OutputTensor, rng: np.random.Generator, advance: Callable[[int], object]) -> npt.NDArray[Any]:
     """Random content of one tensor: the largest piece of memory held."""
-    shape, dtype = stored_layout(tensor)
+    shape, dtype = stored_layout(tensor.shape, tensor.qtype)
     if len(tensor.shape) == 1:
         # norms scale by about one, biases shift by little
         around = 0.0 if tensor.name.endswith(".bias") else 1.0

@@ -252,7 +252,7 @@ def test_command_on_a_gguf(tmp_path: Path, images: Path) -> None:
             "a threshold goes with the metric js",
         ),
         (["--lazy-layers", "auto", "--calibration-images", "IMAGES", "--calibration-samples", "0"], "n_samples 0"),
-        (["--outtype", "q8_0"], "--outtype goes with a Hugging Face directory"),
+        (["--mmproj", "m.gguf"], "--mmproj goes with a Hugging Face directory"),
     ],
 )
 def test_command_refuses(

@@ -374,7 +374,7 @@ def test_refused_with_nothing_written(tmp_path: Path, checkpoints: dict[str, Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"outtype": "q4_k_m"}, "outtype 'q4_k_m' isn't one of f32, f16, bf16, q8_0, q4_0"),
+        ({"outtype": "q4_k"}, "outtype 'q4_k' isn't one of f32, f16, bf16, q8_0, q6_k, q5_k_m"),
         ({"lazy_mode": "text"}, "lazy_mode 'text' isn't one of visual, global"),
         ({"lazy_layers": "0-1"}, "layer 0 can't be lazy"),
         ({"lazy_layers": [2]}, "lazy layer 2 is out of range"),

@@ -1,5 +1,6 @@
 """The text GGUF in stock llama.cpp: logits and tokenization against Hugging Face."""
 
+import ctypes
 from pathlib import Path
 
 import llama_cpp
@@ -11,6 +12,8 @@ from hf_models import AWKWARD, CHAT_TEMPLATE, MINI_LLAVA, build_llava, nmse
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from ggml_qcache_convert import convert
+from ggml_qcache_convert.make_lazy import make_lazy
+from ggml_qcache_convert.outtypes import OUTTYPES
 
 
 def llama_logits(path: Path, ids: list[int]) -> np.ndarray:
@@ -76,7 +79,7 @@ def test_logits_equal_hugging_face(tmp_path: Path, case: str) -> None:
     assert nmse(llama_logits(tmp_path / "m.gguf", ids), hf_logits(model, ids)) <= 1e-5
 
 
-@pytest.mark.parametrize(("outtype", "limit"), [("f16", 1e-5), ("bf16", 1e-3), ("q8_0", 1e-2), ("q4_0", 3e-1)])
+@pytest.mark.parametrize(("outtype", "limit"), [("f16", 1e-5), ("bf16", 1e-3), ("q8_0", 1e-2), ("q5_1", 1e-1), ("q5_0", 1e-1), ("q4_1", 3e-1), ("q4_0", 3e-1)])
 def test_outtypes(tmp_path: Path, outtype: str, limit: float) -> None:
     model = build_llava(tmp_path / "hf", dtype=torch.bfloat16)
     convert(tmp_path / "hf", tmp_path / "m.gguf", None, outtype)
@@ -85,8 +88,27 @@ def test_outtypes(tmp_path: Path, outtype: str, limit: float) -> None:
     types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
     assert types["blk.1.ffn_down.weight"] == outtype.upper()
     assert types["token_embd.weight"] == outtype.upper()
-    assert types["output.weight"] == ("Q8_0" if outtype == "q4_0" else outtype.upper())
+    assert types["output.weight"] == ("Q8_0" if outtype.startswith(("q4", "q5")) else outtype.upper())
     assert types["blk.1.attn_norm.weight"] == types["output_norm.weight"] == "F32"
+
+
+@pytest.mark.parametrize("outtype", ["q4_k_m", "q5_k_m", "q6_k"])
+def test_k_quants_are_those_of_llama_cpp(tmp_path: Path, outtype: str) -> None:
+    # 17 layers, so that a wrong rule for the layers with more bits shows; rows of 288 values are no whole blocks of 256
+    build_llava(tmp_path / "hf", n_layer=17, hidden=256, n_ff=288)
+    convert(tmp_path / "hf", tmp_path / "ours.gguf", None, outtype)
+    convert(tmp_path / "hf", tmp_path / "f32.gguf", None, "f32")
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = OUTTYPES[outtype].file_type, 1
+    source, target = str(tmp_path / "f32.gguf").encode(), str(tmp_path / "theirs.gguf").encode()
+    assert llama_cpp.llama_model_quantize(source, target, ctypes.byref(params)) == 0
+    make_lazy(tmp_path / "f32.gguf", tmp_path / "again.gguf", outtype=outtype)
+    theirs = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "theirs.gguf").tensors}
+    for name in ("ours", "again"):
+        reader = GGUFReader(tmp_path / f"{name}.gguf")
+        assert reader.fields["general.file_type"].contents() == OUTTYPES[outtype].file_type
+        assert {t.name: t.tensor_type.name for t in reader.tensors} == {t.name: t.tensor_type.name for t in theirs.values()}
+        assert all(np.array_equal(tensor.data, theirs[tensor.name].data) for tensor in reader.tensors)
 
 
 def test_rows_that_are_not_whole_blocks_fall_back_to_f16(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from .calibration import METRICS, Calibration, CalibrationSettings, check_report
 from .conversion import ConversionResult, convert
 from .lazy_keys import MODES
 from .make_lazy import convert_auto, make_lazy
-from .plan import OUTTYPES
+from .outtypes import OUTTYPES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,12 +55,11 @@ def _run(args: argparse.Namespace) -> tuple[ConversionResult, Calibration | None
             raise ValueError("--report shows what calibration found: it goes with --lazy-layers auto or a correction")
         check_report(args.report)
     if args.model.is_file():
-        for option, given in (("--outtype", args.outtype), ("--mmproj", args.mmproj)):
-            if given is not None:
-                raise ValueError(f"{option} goes with a Hugging Face directory: the weights of a GGUF stay as they are")
+        if args.mmproj is not None:
+            raise ValueError("--mmproj goes with a Hugging Face directory: a text GGUF has no vision tower in it")
         outfile = args.outfile or Path(f"{args.model.stem}-lazy.gguf")
         return make_lazy(
-            args.model, outfile, args.lazy_layers, args.lazy_mode, args.keep_qk, settings, args.mmproj_in, progress
+            args.model, outfile, args.lazy_layers, args.lazy_mode, args.keep_qk, settings, args.mmproj_in, progress, args.outtype
         )
     if args.mmproj_in is not None:
         raise ValueError("--mmproj-in goes with a GGUF: a directory has its vision tower in it")
@@ -125,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--outfile", type=Path, metavar="FILE", help="text GGUF (default: NAME-OUTTYPE.gguf)")
     parser.add_argument("--mmproj", type=Path, metavar="FILE", help="vision GGUF (default: mmproj-NAME-f16.gguf)")
     parser.add_argument(
-        "--outtype", choices=list(OUTTYPES), help="type of the weight matrices of a directory (default: f16)"
+        "--outtype", choices=list(OUTTYPES), help="type of the weight matrices (default: f16; of a GGUF: as they are)"
     )
     parser.add_argument(
         "--lazy-layers",

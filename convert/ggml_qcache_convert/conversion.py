@@ -13,7 +13,8 @@ from .hparams import LlavaParams, read_hparams
 from .lazy_keys import MODES, add_lazy_keys
 from .lazy_layers import leaders_of, parse_layers
 from .mmproj import add_vision_keys, read_image_params, vision_tensors
-from .plan import OUTTYPES, OutputTensor, TensorPicker
+from .outtypes import OUTTYPES
+from .plan import OutputTensor, TensorPicker
 from .tensor_names import canonical_tensors
 from .text_model import add_text_keys, text_tensors
 from .vocab import add_vocab_keys, read_vocab
@@ -63,8 +64,7 @@ def convert(
         directory: The checkpoint directory.
         outfile: Text GGUF to write.
         mmproj: Vision GGUF to write, or None for none. Its matrices are f16, or f32 with ``outtype`` ``f32``.
-        outtype: ``f32``, ``f16``, ``bf16``, ``q8_0`` or ``q4_0``; vectors stay f32, and ``q4_0`` has a
-            ``q8_0`` output matrix.
+        outtype: A key of ``OUTTYPES``; vectors stay f32.
         lazy_layers: Layer numbers, or a specification such as ``9-15,18`` or ``none``.
         lazy_mode: ``visual`` or ``global``.
         keep_qk: Keep the q and k projections of lazy layers in global mode, so that the file also runs as a plain
@@ -105,13 +105,13 @@ def convert(
         name = directory.resolve().name
 
         def text_keys(writer: GGUFWriter) -> None:
-            add_text_keys(writer, params.text, name, OUTTYPES[outtype][1])
+            add_text_keys(writer, params.text, name, OUTTYPES[outtype].file_type)
             add_vocab_keys(writer, vocab)
             add_lazy_keys(writer, lazy, lazy_mode, n_layer)
 
         def vision_keys(writer: GGUFWriter) -> None:
             add_vision_keys(
-                writer, params.vision, images, params.text.n_embd, name, OUTTYPES[_vision_outtype(outtype)][1]
+                writer, params.vision, images, params.text.n_embd, name, OUTTYPES[_vision_outtype(outtype)].file_type
             )
 
         plans = text_plan if mmproj is None else text_plan + vision_plan
@@ -159,7 +159,7 @@ def _plans(
 ) -> tuple[list[OutputTensor], list[OutputTensor]]:
     """Plans both files; together they must account for every tensor of the checkpoint."""
     picker = TensorPicker(canonical_tensors(checkpoint.tensors))
-    text = text_tensors(params.text, picker, OUTTYPES[outtype][0], without_qk)
-    vision = vision_tensors(params.vision, params.text.n_embd, picker, OUTTYPES[_vision_outtype(outtype)][0])
+    text = text_tensors(params.text, picker, OUTTYPES[outtype], without_qk)
+    vision = vision_tensors(params.vision, params.text.n_embd, picker, OUTTYPES[_vision_outtype(outtype)].matrix)
     picker.refuse_leftovers()
     return text, vision

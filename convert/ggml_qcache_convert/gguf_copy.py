@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
-from gguf.quants import quant_shape_to_byte_shape, quantize
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, ReaderTensor
+from gguf.quants import dequantize
 
-from .calibration import Corrections, stored_type
+from .calibration import Corrections
 from .errors import ConversionError
+from .outtypes import OutType, quantised
+from .writer import CHUNK, stored_layout
 
 _QK = re.compile(r"blk\.(\d+)\.attn_[qk]\.(weight|bias)")
 _VIS_BIAS = re.compile(r"blk\.\d+\.attn_vis_bias\.weight")
@@ -52,6 +54,7 @@ def copy_with_keys(
     without_qk: Sequence[int],
     advance: Callable[[int], object],
     corrections: Corrections | None = None,
+    outtype: OutType | None = None,
 ) -> None:
     """Writes a copy without the source's ``qcache.*`` keys and biases on visual keys.
 
@@ -62,6 +65,7 @@ def copy_with_keys(
         without_qk: Layers whose q and k projections are left out.
         advance: Called with the bytes copied since the last call.
         corrections: New weights, and the biases on visual keys.
+        outtype: Types of the weight matrices; None: as they are.
 
     Raises:
         ConversionError: The source lacks q and k of a layer that is to keep them.
@@ -90,14 +94,16 @@ def copy_with_keys(
     if (alignment := reader.get_field("general.alignment")) is not None:
         writer.data_alignment = alignment.contents()
     replaced = {} if corrections is None else corrections.weights
-    types = {tensor.name: stored_type(tensor.tensor_type) if tensor.name in replaced else tensor.tensor_type for tensor in kept}
+    types = {tensor.name: tensor.tensor_type for tensor in kept}
+    if outtype is not None:
+        n_layer, tied = n_layers(reader), "output.weight" not in names
+        types |= {t.name: outtype.of(t.name, _shape(t), n_layer, tied) for t in kept if len(_shape(t)) == 2 and t.name.endswith(".weight")}
+        writer.kv_data[0].pop("general.file_type", None)
+        writer.add_file_type(outtype.file_type)
     biases = _vis_biases(corrections)
     for tensor in kept:
-        shape, dtype, nbytes = tensor.data.shape, tensor.data.dtype, tensor.data.nbytes
-        if types[tensor.name] != tensor.tensor_type:
-            shape = quant_shape_to_byte_shape([int(n) for n in reversed(tensor.shape)], types[tensor.name])
-            dtype, nbytes = np.dtype(np.uint8), int(np.prod(shape))
-        writer.add_tensor_info(tensor.name, shape, dtype, nbytes, types[tensor.name])
+        shape, dtype = stored_layout(_shape(tensor), types[tensor.name])
+        writer.add_tensor_info(tensor.name, shape, dtype, int(np.prod(shape)) * dtype.itemsize, types[tensor.name])
     for name, values in biases.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes, GGMLQuantizationType.F32)
     try:
@@ -105,8 +111,7 @@ def copy_with_keys(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in kept:
-            new = replaced.get(tensor.name)
-            writer.write_tensor_data(np.asarray(tensor.data) if new is None else quantize(new, types[tensor.name]))
+            writer.write_tensor_data(_stored(tensor, types[tensor.name], replaced.get(tensor.name)))
             advance(tensor.data.nbytes)
         for values in biases.values():
             writer.write_tensor_data(values)
@@ -120,3 +125,23 @@ def _vis_biases(corrections: Corrections | None) -> dict[str, np.ndarray]:
     if corrections is None or corrections.vis_bias is None:
         return {}
     return {f"blk.{layer}.attn_vis_bias.weight": row for layer, row in enumerate(corrections.vis_bias) if row.any()}
+
+
+def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
+    """Outermost dimension first, without those of 1 that ggml adds."""
+    return tuple(int(n) for n in reversed(tensor.shape))
+
+
+def _stored(tensor: ReaderTensor, qtype: GGMLQuantizationType, new: np.ndarray | None) -> np.ndarray:
+    """A tensor's bytes: its own, or new values, or its own in another type. Holds a chunk of it as floats, never all of it."""
+    if new is not None:
+        return quantised(new, qtype)
+    if qtype == tensor.tensor_type:
+        return np.asarray(tensor.data)
+    shape, dtype = stored_layout(_shape(tensor), qtype)
+    result = np.empty(shape, dtype)
+    step = max(1, CHUNK // int(tensor.shape[0]))
+    for start in range(0, len(result), step):
+        values = dequantize(tensor.data[start : start + step], tensor.tensor_type)
+        result[start : start + step] = quantised(np.asarray(values, dtype=np.float32), qtype)
+    return result

@@ -14,6 +14,7 @@ from .errors import ConversionError
 from .gguf_copy import architecture, copy_with_keys, n_layers, open_text_gguf
 from .lazy_keys import MODES, add_calibration_keys, add_lazy_keys
 from .lazy_layers import leaders_of, parse_layers
+from .outtypes import OUTTYPES, OutType
 from .writer import AtomicFiles
 
 
@@ -73,6 +74,7 @@ def make_lazy(
     settings: CalibrationSettings | None = None,
     mmproj_in: Path | None = None,
     progress: bool = False,
+    outtype: str | None = None,
 ) -> tuple[ConversionResult, Calibration | None]:
     """Copies a text GGUF with lazy layers given or chosen; its weights stay as they are, quantised ones too.
 
@@ -85,6 +87,8 @@ def make_lazy(
         settings: How layers are chosen, or None.
         mmproj_in: Vision GGUF of the model; needed with ``settings``.
         progress: Show progress bars on stderr.
+        outtype: Store the weight matrices so, a key of ``OUTTYPES``; None: as they are. With ``settings`` the file is written
+            twice.
 
     Returns:
         What was written (no mmproj), and what the choice rests on.
@@ -98,20 +102,29 @@ def make_lazy(
     mode = settings.mode if settings else lazy_mode
     if mode not in MODES:
         raise ValueError(f"lazy_mode {mode!r} isn't one of {', '.join(MODES)}")
+    if outtype is not None and outtype not in OUTTYPES:
+        raise ValueError(f"outtype {outtype!r} isn't one of {', '.join(OUTTYPES)}")
     check_targets([outfile])
     reader = open_text_gguf(model)
+    types = None if outtype is None else OUTTYPES[outtype]
     chosen = None
-    if settings is not None:
-        settings.check()
-        if mmproj_in is None:
-            raise ValueError("calibration shows images to the model: name its mmproj with --mmproj-in")
-        chosen = _calibrated(model, mmproj_in, settings, progress)
-        leaders: Sequence[int] = chosen.leaders
-    else:
-        layers = parse_layers(lazy_layers, n_layers(reader)) if isinstance(lazy_layers, str) else list(lazy_layers)
-        leaders = leaders_of(layers, n_layers(reader))
-    with AtomicFiles([outfile]) as files:
-        made = _lazy_copy(model, files.path(outfile), leaders, mode, keep_qk, chosen, progress)
+    with AtomicFiles([outfile]) as files, contextlib.ExitStack() as stack:
+        if settings is not None:
+            settings.check()
+            if mmproj_in is None:
+                raise ValueError("calibration shows images to the model: name its mmproj with --mmproj-in")
+            if types is not None:
+                # it is calibrated as it will be
+                folder = stack.enter_context(tempfile.TemporaryDirectory(dir=outfile.parent, prefix=f".{outfile.name}."))
+                plain = Path(folder) / outfile.name
+                _lazy_copy(model, plain, range(n_layers(reader)), mode, keep_qk, None, progress, types)
+                model, types = plain, None
+            chosen = _calibrated(model, mmproj_in, settings, progress)
+            leaders: Sequence[int] = chosen.leaders
+        else:
+            layers = parse_layers(lazy_layers, n_layers(reader)) if isinstance(lazy_layers, str) else list(lazy_layers)
+            leaders = leaders_of(layers, n_layers(reader))
+        made = _lazy_copy(model, files.path(outfile), leaders, mode, keep_qk, chosen, progress, types)
         files.commit()
     return ConversionResult(outfile, None, architecture(reader), n_layers(reader), *made, 0, ()), chosen
 
@@ -135,6 +148,7 @@ def _lazy_copy(
     keep_qk: bool,
     chosen: Calibration | None,
     progress: bool,
+    outtype: OutType | None = None,
 ) -> tuple[tuple[int, ...], int]:
     """Writes the copy; returns its leaders and its size in bytes."""
     reader = open_text_gguf(source)
@@ -148,5 +162,5 @@ def _lazy_copy(
     total = sum(tensor.data.nbytes for tensor in reader.tensors)
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="writing", disable=not progress) as bar:
         without_qk = lazy if mode == "global" and not keep_qk else ()
-        copy_with_keys(reader, target, keys, without_qk, bar.update, None if chosen is None else chosen.corrections)
+        copy_with_keys(reader, target, keys, without_qk, bar.update, None if chosen is None else chosen.corrections, outtype)
     return tuple(leaders), target.stat().st_size

@@ -19,7 +19,8 @@ from gguf import MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType, GGUFWriter, L
 from .errors import ConversionError
 from .hparams import VisionParams
 from .jsonfile import read_json
-from .plan import OutputTensor, TensorPicker, fitting_type
+from .outtypes import fitting_type
+from .plan import OutputTensor, TensorPicker
 
 _BICUBIC = 3
 

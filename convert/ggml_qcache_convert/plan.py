@@ -5,19 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf import GGMLQuantizationType
 
 from .checkpoint import TensorEntry
 from .errors import ConversionError
-
-OUTTYPES: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
-    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-    "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
-}
-
 
 @dataclass(frozen=True)
 class OutputTensor:
@@ -80,11 +71,3 @@ class TensorPicker:
         if left:
             shown = ", ".join(repr(entry.name) for entry in left[:4]) + (", ..." if len(left) > 4 else "")
             raise ConversionError(f"{left[0].path}: {len(left)} tensors that this kind of model doesn't have: {shown}")
-
-
-def fitting_type(shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
-    """The wanted type for a matrix, f16 where its rows aren't whole blocks, f32 for vectors (ggml expects that)."""
-    if len(shape) < 2:
-        return GGMLQuantizationType.F32
-    block, _ = GGML_QUANT_SIZES[wanted]
-    return wanted if shape[-1] % block == 0 else GGMLQuantizationType.F16

@@ -6,18 +6,19 @@ import numpy as np
 from gguf import MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
 
 from .hparams import RopeScaling, TextParams
-from .plan import OutputTensor, TensorPicker, fitting_type
+from .outtypes import OutType
+from .plan import OutputTensor, TensorPicker
 
 
 def text_tensors(
-    params: TextParams, picker: TensorPicker, wanted: GGMLQuantizationType, without_qk: Sequence[int]
+    params: TextParams, picker: TensorPicker, outtype: OutType, without_qk: Sequence[int]
 ) -> list[OutputTensor]:
     """Plans the tensors of the text GGUF.
 
     Args:
         params: The language model.
         picker: The checkpoint's tensors.
-        wanted: Type of the weight matrices.
+        outtype: Types of the weight matrices.
         without_qk: Layers whose q and k projections are left out.
 
     Returns:
@@ -36,13 +37,12 @@ def text_tensors(
         layer: int = -1,
         suffix: str = "weight",
         rope: bool = False,
-        matrix_type: GGMLQuantizationType = wanted,
     ) -> None:
         name = f"{TENSOR_NAMES[kind].format(bid=layer)}.{suffix}"
         entry = picker.take(f"{source}.{suffix}", shape)
         # ggml's RoPE turns neighbouring pairs for llama, halves for qwen2; Hugging Face's always turns halves
         head_dim = params.head_dim if rope and params.arch == "llama" else 0
-        plan.append(OutputTensor(name, shape, fitting_type(shape, matrix_type), entry, head_dim))
+        plan.append(OutputTensor(name, shape, outtype.of(name, shape, params.n_layer, tied), entry, head_dim))
 
     def add_linear(
         kind: MODEL_TENSOR, source: str, shape: tuple[int, int], layer: int, bias: bool, rope: bool = False
@@ -53,15 +53,8 @@ def text_tensors(
 
     n_embd, n_ff = params.n_embd, params.n_ff
     n_q, n_kv = params.n_head * params.head_dim, params.n_head_kv * params.head_dim
-    # the logits suffer most from four bits: the output matrix gets eight
-    output_type = GGMLQuantizationType.Q8_0 if wanted == GGMLQuantizationType.Q4_0 else wanted
     tied = params.tied and not picker.has("lm_head.weight")
-    add(
-        MODEL_TENSOR.TOKEN_EMBD,
-        "text.embed_tokens",
-        (params.n_vocab, n_embd),
-        matrix_type=output_type if tied else wanted,
-    )
+    add(MODEL_TENSOR.TOKEN_EMBD, "text.embed_tokens", (params.n_vocab, n_embd))
     if params.rope_scaling is not None and params.rope_scaling.kind == "llama3":
         factors = _llama3_factors(params, params.rope_scaling)
         name = TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS] + ".weight"
@@ -83,7 +76,7 @@ def text_tensors(
         add_linear(MODEL_TENSOR.FFN_DOWN, mlp + "down_proj", (n_embd, n_ff), layer, params.mlp_bias)
     add(MODEL_TENSOR.OUTPUT_NORM, "text.norm", (n_embd,))
     if not tied:
-        add(MODEL_TENSOR.OUTPUT, "lm_head", (params.n_vocab, n_embd), matrix_type=output_type)
+        add(MODEL_TENSOR.OUTPUT, "lm_head", (params.n_vocab, n_embd))
     return plan
 
 

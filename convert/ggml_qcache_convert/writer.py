@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
-from gguf.quants import quant_shape_to_byte_shape, quantize
+from gguf.quants import quant_shape_to_byte_shape
 
 from .checkpoint import Checkpoint, TensorEntry
 from .errors import ConversionError
+from .outtypes import quantised
 from .plan import OutputTensor
 
-_CHUNK = 1 << 22  # elements read, checked and converted at a time: 16 MB as float32
+CHUNK = 1 << 22  # elements read, checked and converted at a time: 16 MB as float32
 
 
 class AtomicFiles:
@@ -74,7 +75,7 @@ def write_gguf(
     writer = GGUFWriter(None, arch)
     add_keys(writer)
     for tensor in plan:
-        shape, dtype = stored_layout(tensor)
+        shape, dtype = stored_layout(tensor.shape, tensor.qtype)
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         writer.add_tensor_info(tensor.name, shape, dtype, nbytes, raw_dtype=tensor.qtype)
     try:
@@ -88,13 +89,13 @@ def write_gguf(
         writer.close()
 
 
-def stored_layout(tensor: OutputTensor) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def stored_layout(shape: tuple[int, ...], qtype: GGMLQuantizationType) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and numpy type of a tensor's bytes: one numpy element per value for f32 and f16, raw bytes for the rest."""
-    if tensor.qtype == GGMLQuantizationType.F32:
-        return tensor.shape, np.dtype(np.float32)
-    if tensor.qtype == GGMLQuantizationType.F16:
-        return tensor.shape, np.dtype(np.float16)
-    return tuple(quant_shape_to_byte_shape(tensor.shape, tensor.qtype)), np.dtype(np.uint8)
+    if qtype == GGMLQuantizationType.F32:
+        return shape, np.dtype(np.float32)
+    if qtype == GGMLQuantizationType.F16:
+        return shape, np.dtype(np.float16)
+    return tuple(quant_shape_to_byte_shape(shape, qtype)), np.dtype(np.uint8)
 
 
 def _converted(tensor: OutputTensor, checkpoint: Checkpoint, advance: Callable[[int], object]) -> np.ndarray[Any, Any]:
@@ -103,19 +104,19 @@ def _converted(tensor: OutputTensor, checkpoint: Checkpoint, advance: Callable[[
         advance(tensor.source.nbytes)
         return tensor.source
     entry = tensor.source
-    shape, dtype = stored_layout(tensor)
+    shape, dtype = stored_layout(tensor.shape, tensor.qtype)
     result = np.empty(shape, dtype)
     n_row = entry.shape[0]
     rows = result.reshape(n_row, -1)
     target = _interleaved_rows(n_row, tensor.rope_head_dim) if tensor.rope_head_dim else np.arange(n_row)
-    step = max(1, _CHUNK * n_row // max(1, int(np.prod(entry.shape, dtype=np.int64))))
+    step = max(1, CHUNK * n_row // max(1, int(np.prod(entry.shape, dtype=np.int64))))
     for start in range(0, n_row, step):
         stop = min(n_row, start + step)
         values = checkpoint.read_rows(entry, start, stop)
         if not np.isfinite(values).all():
             raise _not_finite(entry, checkpoint, step)
         with np.errstate(over="ignore"):
-            stored = quantize(values, tensor.qtype)
+            stored = quantised(values, tensor.qtype)
         if tensor.qtype == GGMLQuantizationType.F16 and np.isinf(stored).any():
             raise ConversionError(
                 f"{entry.path}: tensor {entry.name!r} has values up to {np.abs(values).max():g}, over f16's range; "

@@ -3,7 +3,6 @@
 from .calibrate import METRICS, Calibration, CalibrationSettings, Measured, calibrate, measure
 from .correct import Corrections
 from .report import check_report, write_report
-from .weights import stored_type
 
 __all__ = [
     "METRICS",
@@ -14,6 +13,5 @@ __all__ = [
     "calibrate",
     "check_report",
     "measure",
-    "stored_type",
     "write_report",
 ]

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
-from gguf.quants import dequantize, quantize
+from gguf import GGUFReader, ReaderTensor
+from gguf.quants import dequantize
+
+from ..outtypes import quantised
 
 if TYPE_CHECKING:
     from ggml_qcache.native import Model
@@ -32,8 +34,8 @@ class Weights:
 
     def rounded(self, name: str, values: Array) -> Array:
         """Values as they would be read back from a weight of this type."""
-        qtype = stored_type(self._tensors[name].tensor_type)
-        return np.asarray(dequantize(quantize(values, qtype), qtype), dtype=np.float32)
+        qtype = self._tensors[name].tensor_type
+        return np.asarray(dequantize(quantised(values, qtype), qtype), dtype=np.float32)
 
     @contextmanager
     def replaced(self, model: "Model", weights: Mapping[str, Array]) -> Iterator[None]:
@@ -45,12 +47,3 @@ class Weights:
         finally:
             for name in weights:
                 model.set_weight(name, self[name])
-
-
-def stored_type(qtype: GGMLQuantizationType) -> GGMLQuantizationType:
-    """The type that new values for a weight of a type are written in: eight bits where gguf has no quantiser for it."""
-    try:
-        quantize(np.zeros((1, 256), np.float32), qtype)
-    except NotImplementedError:
-        return GGMLQuantizationType.Q8_0
-    return qtype
