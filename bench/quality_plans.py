@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from ggml_qcache import Llama
 from ggml_qcache_convert.calibration import CalibrationSettings, Measured, calibrate, measure
-from ggml_qcache_convert.calibration.calibrate import Runner
+from ggml_qcache_convert.calibration.runner import Runner
 from ggml_qcache_convert.calibration.correct import correct
 from ggml_qcache_convert.calibration.weights import Weights
 from ggml_qcache_convert.lazy_layers import leaders_of

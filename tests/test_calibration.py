@@ -16,7 +16,7 @@ from ggml_qcache import Llama
 from ggml_qcache_convert import leaders_of
 from ggml_qcache_convert.calibration import CalibrationSettings, calibrate, measure
 from ggml_qcache_convert.calibration.attention import js_divergence, kl_divergence, log_softmax, sharing_errors
-from ggml_qcache_convert.calibration.calibrate import Runner
+from ggml_qcache_convert.calibration.runner import Runner
 from ggml_qcache_convert.calibration.samples import choose_pairs
 from ggml_qcache_convert.calibration.select import by_cost, by_descent, by_divergence, by_threshold
 from ggml_qcache_convert.cli import main

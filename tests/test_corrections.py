@@ -16,7 +16,7 @@ from ggml_qcache.inspection import inspect_file
 from ggml_qcache_convert import leaders_of
 from ggml_qcache_convert.calibration import CalibrationSettings, calibrate, measure
 from ggml_qcache_convert.calibration.attention import softmax
-from ggml_qcache_convert.calibration.calibrate import Runner
+from ggml_qcache_convert.calibration.runner import Runner
 from ggml_qcache_convert.calibration.correct import LARGEST_BIAS, Ridge, correct, head_order, matching_bias
 from ggml_qcache_convert.calibration.weights import Weights
 from ggml_qcache_convert.cli import main

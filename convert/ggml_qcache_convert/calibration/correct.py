@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
 from .attention import shared_scores, softmax
+from .runner import Runner
 from .samples import Sample
 from .weights import Weights
 
@@ -64,25 +65,13 @@ class Corrections:
 class Streams:
     """Runs a few layers of the model on the samples."""
 
-    def __init__(self, llm: "Llama", samples: Sequence[Sample], mode: str, n_threads: int) -> None:
-        from ggml_qcache.native import Context
-
-        self._context_class = Context
-        self._model = llm.native_model
-        self._mode = mode
-        self._n_threads = n_threads
+    def __init__(self, runner: Runner, samples: Sequence[Sample]) -> None:
+        self._runner = runner
         self._n_ctx = max(len(sample.tokens) for sample in samples)
 
     def context(self, first: int, last: int, leaders: Sequence[int] | None = None, vis_bias: Array | None = None) -> Any:
         """A context of layers ``first`` to ``last``; every layer full without leaders."""
-        lazy: dict[str, Any] = {"lazy_mode": "off"}
-        if leaders is not None:
-            # what lies outside of the layers isn't computed
-            lazy = {"lazy_mode": self._mode, "lazy_leader": leaders, "vis_bias": vis_bias}
-        return self._context_class(
-            self._model, n_ctx=self._n_ctx, n_threads=self._n_threads, n_threads_batch=self._n_threads,
-            layer_first=first, n_layers=last - first + 1, **lazy,
-        )  # fmt: skip
+        return self._runner.context(leaders, vis_bias, n_ctx=self._n_ctx, layer_first=first, n_layers=last - first + 1)
 
     @staticmethod
     def run(context: Any, sample: Sample, stream: Array | None, rows: npt.NDArray[np.int64] | None, *what: str) -> None:
@@ -217,7 +206,7 @@ class _Corrector:
         self.model, self.n_head, self.n_head_kv, self.head_dim = llm.native_model, info.n_head, info.n_head_kv, info.head_dim
         self.leaders, self.samples, self.mode = list(leaders), samples, mode
         self.file = Weights(llm.model_path)
-        self.streams = Streams(llm, samples, mode, n_threads)
+        self.streams = Streams(Runner(llm, mode, n_threads), samples)
         self.weights: dict[str, Array] = {}
         self.vis_bias = np.zeros((info.n_layer, info.n_head), dtype=np.float32)
         self.untouched: list[Array] | None = None  # residual streams before the block, by sample; None: layer 0
@@ -233,16 +222,19 @@ class _Corrector:
         return self.weights[name] if name in self.weights else self.file[name]
 
     def set_weight(self, layer: int, name: str, values: Array) -> None:
+        """Puts a weight in force, rounded to its type."""
         name = f"blk.{layer}.{name}"
         values = self.file.rounded(name, values)
         self.model.set_weight(name, values)
         self.weights[name] = values
 
     def restore(self) -> None:
+        """Gives the model its own weights back."""
         for name in self.weights:
             self.model.set_weight(name, self.file[name])
 
     def output_bias(self, layer: int) -> Array | float:
+        """W_o's bias, 0 where there is none."""
         name = f"blk.{layer}.attn_output.bias"
         return self.file[name] if name in self.file else 0.0
 

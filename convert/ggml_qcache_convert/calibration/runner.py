@@ -1,0 +1,84 @@
+"""Runs plans of lazy layers on samples."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .attention import kl_divergence, log_softmax
+from .samples import Sample
+
+if TYPE_CHECKING:
+    from ggml_qcache import Llama
+
+    from .calibrate import Measured
+
+
+class Runner:
+    """Runs plans of lazy layers on samples, on an already loaded model."""
+
+    def __init__(self, llm: "Llama", mode: str, n_threads: int = 0) -> None:
+        """Takes the model of a ``Llama``."""
+        from ggml_qcache.native import Context
+
+        self._context_class = Context
+        self._model = llm.native_model
+        self._mode = mode
+        self._n_threads = n_threads
+        self.n_layer: int = self._model.info.n_layer
+
+    def context(self, leaders: Sequence[int] | None, vis_bias: npt.NDArray[np.float32] | None = None, **params: Any) -> Any:
+        """A new context with these leaders; None: every layer full. Other parameters as ``Context``."""
+        lazy: dict[str, Any] = {"lazy_mode": "off"}
+        if leaders is not None:
+            lazy = {"lazy_mode": self._mode, "lazy_leader": leaders, "vis_bias": vis_bias}
+        return self._context_class(self._model, n_threads=self._n_threads, n_threads_batch=self._n_threads, **lazy, **params)
+
+    def decode(self, context: Any, sample: Sample, rows: npt.NDArray[np.int64]) -> None:
+        """Computes a sample from its start and keeps the logits of some rows."""
+        context.clear()
+        wanted = np.isin(np.arange(len(sample.tokens)), rows)
+        context.decode(sample.tokens, sample.embeddings, modality=sample.visual, logits=wanted)
+
+    def answer_log_probs(self, context: Any, sample: Sample) -> npt.NDArray[np.float32]:
+        """Log-probabilities ``[n answer rows, n_vocab]`` of a sample that was just decoded."""
+        return log_softmax(np.stack([context.logits(int(row)) for row in sample.rows[sample.answer_rows]]))
+
+    def kl(
+        self,
+        leaders: Sequence[int],
+        measured: Measured,
+        to_beat: float = math.inf,
+        vis_bias: npt.NDArray[np.float32] | None = None,
+    ) -> float:
+        """Mean KL divergence over answer rows, nats; stops above ``to_beat``, where the value is a lower bound."""
+        n_rows = sum(len(log_p) for log_p in measured.log_probs)
+        total = 0.0
+        with self.context(leaders, vis_bias) as context:
+            for sample, log_p in zip(measured.samples, measured.log_probs, strict=True):
+                self.decode(context, sample, sample.rows[sample.answer_rows])
+                total += float(kl_divergence(log_p, self.answer_log_probs(context, sample)).sum())
+                if total / n_rows >= to_beat:
+                    break
+        return total / n_rows
+
+    def kv_saved(self, leaders: Sequence[int], samples: Sequence[Sample]) -> float:
+        """Share of KV bytes that a plan saves on samples, counted in the blocks that each of them fills."""
+        with self.context(leaders) as context:
+            usage = context.kv_usage()
+        n_block = usage["n_block_tokens"]
+        kept = full = 0
+        for sample in samples:
+            for first, last in _runs(sample.visual):
+                n_blocks = -(-(last - first) // n_block)
+                kept += n_blocks * usage["bytes_block_visual" if sample.visual[first] else "bytes_block_text"]
+                full += n_blocks * usage["bytes_block_full"]
+        return 1 - kept / full
+
+
+def _runs(visual: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Runs of one modality, as first row and row after the last."""
+    edges = [0, *(np.flatnonzero(np.diff(visual.astype(np.int8))) + 1).tolist(), len(visual)]
+    return list(zip(edges, edges[1:]))
