@@ -49,7 +49,7 @@ class Runner:
     def kl(
         self,
         leaders: Sequence[int],
-        measured: Measured,
+        measured: "Measured",
         to_beat: float = math.inf,
         vis_bias: npt.NDArray[np.float32] | None = None,
     ) -> float:
