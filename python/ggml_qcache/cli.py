@@ -17,6 +17,7 @@ from . import Llama, QCacheError, __version__
 from .evaluation import draw as draw_rows
 from .evaluation import evaluate, read_items
 from .inspection import draw, inspect_file
+from .validation import validate_file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     look.set_defaults(run=_inspect)
     look.add_argument("file", metavar="FILE", help="text GGUF or mmproj GGUF")
     look.add_argument("--json", action="store_true", help="print JSON")
+    check = commands.add_parser(
+        "validate",
+        help="check the lazy layers of a model file",
+        description="Check the keys and tensors of lazy layers against docs/gguf.md; exit status 1 if anything is wrong.",
+    )
+    check.set_defaults(run=_validate)
+    check.add_argument("file", metavar="FILE", help="text GGUF")
     for command, purpose in ((run, "of the cache"), (test, "of the cache"), (look, "to reckon with")):
         for name in ("k", "v"):
             command.add_argument(
@@ -180,6 +188,15 @@ def _eval(args: argparse.Namespace) -> None:
             json.dump({"data": os.fspath(args.data), "rows": rows}, file, indent=1)
         os.replace(temporary, args.json)
     draw_rows(rows, Console())
+
+
+def _validate(args: argparse.Namespace) -> None:
+    problems = validate_file(args.file)
+    for problem in problems:
+        print(f"{args.file}: {problem}")
+    if problems:
+        raise ValueError(f"{args.file}: {len(problems)} problem{'s' if len(problems) > 1 else ''}")
+    print(f"{args.file}: valid")
 
 
 def _inspect(args: argparse.Namespace) -> None:
