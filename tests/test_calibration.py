@@ -15,7 +15,7 @@ from tiny_llava import N_LAYER, load, picture, tiny_llava
 from ggml_qcache import Llama
 from ggml_qcache_convert import leaders_of
 from ggml_qcache_convert.calibration import CalibrationSettings, calibrate, measure
-from ggml_qcache_convert.calibration.attention import js_divergence, kl_divergence, log_softmax, sharing_errors
+from ggml_qcache_convert.calibration.attention import js_divergence, kl_divergence, length_keeping, log_softmax, sharing_errors
 from ggml_qcache_convert.calibration.runner import Runner
 from ggml_qcache_convert.calibration.samples import choose_pairs
 from ggml_qcache_convert.calibration.select import by_cost, by_descent, by_divergence, by_threshold
@@ -109,7 +109,7 @@ def test_sharing_error_is_what_the_lazy_layer_would_do(core_models: CoreModels, 
             return out
 
         errors = sharing_errors(
-            scores, context.seq_v, w_o, lambda layer: np.stack([context.captured("hidden", layer - 1, row) for row in rows]),
+            scores, context.seq_v, w_o, w_o, lambda layer: np.stack([context.captured("hidden", layer - 1, row) for row in rows]),
             prompt.visual[rows], prompt.visual, mode, n_layer,
         )  # fmt: skip
     untouched = layers_of(list(range(n_layer)))
@@ -132,6 +132,16 @@ def test_sharing_error_is_what_the_lazy_layer_would_do(core_models: CoreModels, 
         expected = (((lazy - own) ** 2).sum(1) / (after**2).sum(1)).mean()
         assert errors[leader, layer] == pytest.approx(expected, rel=1e-3)
     assert not np.tril(errors).any()
+
+
+def test_random_combinations_keep_lengths() -> None:
+    rng = np.random.default_rng(6)
+    matrix = rng.normal(size=(1500, 40)).astype(np.float32)
+    small = length_keeping(matrix, 512, rng)
+    assert small.shape == (512, 40) and length_keeping(matrix, 1500, rng) is matrix
+    x = rng.normal(size=(64, 40))
+    ratios = ((x @ small.T) ** 2).sum(1) / ((x @ matrix.T) ** 2).sum(1)
+    assert abs(ratios.mean() - 1) < 0.03 and ratios.std() < 0.1
 
 
 def test_pairs_use_every_image_before_any_again() -> None:

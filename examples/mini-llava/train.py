@@ -6,7 +6,7 @@ starts shallow, which makes a step several times cheaper while the tasks are fou
 The checkpoint is exported to ``model/`` at every evaluation, and training goes on from ``--checkpoint`` where that file
 exists.
 
-    python train.py                      # CPU, hours; a GPU is used if there is one (neither tried from start to end)
+    python train.py                      # about 100 minutes on two cores; a GPU is used if there is one (not tried)
     python train.py --minutes 90         # stage 2 by the clock: the schedule ends after 90 minutes, whatever the speed
 """
 
@@ -47,9 +47,9 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--grow-at", type=float, default=0.55, help="share of stage 2 after which it grows to --layers")
     p.add_argument("--vision-steps", type=int, default=1000, help="steps of stage 1")
     p.add_argument("--vision-batch", type=int, default=32, help="pictures a step in stage 1")
-    p.add_argument("--steps", type=int, default=4000, help="steps of stage 2")
+    p.add_argument("--steps", type=int, default=7500, help="steps of stage 2")
     p.add_argument("--minutes", type=float, help="length of stage 2 by the clock, instead of --steps")
-    p.add_argument("--batch", type=int, default=8, help="pictures a step in stage 2")
+    p.add_argument("--batch", type=int, default=6, help="pictures a step in stage 2")
     p.add_argument("--lr", type=float, default=1.5e-3, help="peak rate of AdamW")
     p.add_argument("--eval-minutes", type=float, default=5.0, help="time between evaluations, saves and exports")
     p.add_argument("--workers", type=int, default=1, help="processes that draw scenes; about 8 for a GPU")

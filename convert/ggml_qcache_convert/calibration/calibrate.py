@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..errors import ConversionError
 from ..lazy_keys import MODES
 from ..lazy_layers import leaders_of, parse_layers
-from .attention import js_divergence, sharing_errors, softmax
+from .attention import js_divergence, length_keeping, sharing_errors, softmax
 from .correct import Corrections, correct, scores_of
 from .runner import Runner
 from .samples import PROMPTS, Sample, choose_pairs, find_images, make_samples
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ggml_qcache import Llama
 
 METRICS = ("js", "output", "loss")
+_LENGTHS = 512  # rows that stand for W_o in wide models; over a sample's rows the error is a percent or so
 _MOST_LAYERS = 1 << 16  # to read a specification before the model is there
 
 
@@ -191,6 +192,9 @@ def measure(llm: "Llama", settings: CalibrationSettings, progress: bool = False,
     samples: list[Sample] = []
     log_probs: list[npt.NDArray[np.float32]] = []
     divergence, errors = np.zeros((n_layer, n_layer)), np.zeros((n_layer, n_layer))
+    # every pair of layers is compared: with W_o itself that would take longer than running the samples
+    rng = np.random.default_rng(settings.seed)
+    projections = [length_keeping(weights[f"blk.{layer}.attn_output.weight"], _LENGTHS, rng) for layer in range(n_layer)]
     made = make_samples(llm, pairs, settings.n_answer, settings.n_other_rows, settings.seed)
     with runner.context(None) as context:
         for sample in tqdm(made, total=len(pairs), desc="calibrating", unit="sample", disable=not progress):
@@ -203,6 +207,7 @@ def measure(llm: "Llama", settings: CalibrationSettings, progress: bool = False,
                 lambda layer: scores_of(context, layer, sample),
                 context.seq_v,
                 lambda layer: weights[f"blk.{layer}.attn_output.weight"],
+                projections.__getitem__,
                 lambda layer: np.stack([context.captured("hidden", layer - 1, int(row)) for row in sample.rows]),
                 sample.visual[sample.rows],
                 sample.visual,
