@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
+import bench_calibration
 import bench_decode
 import report
 from engines import LlamaCppEngine, LlamaCppModel, QcacheEngine
@@ -145,3 +146,18 @@ def test_report(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert report.main([str(result), "--write", str(readme)]) == 1
     (tmp_path / "x.json").write_text("{}")
     assert report.main([str(tmp_path / "x.json")]) == 1
+
+
+def test_calibration_benchmark(tmp_path, capsys):
+    path = tmp_path / "calibration.json"
+    arguments = ["--preset", "llava-1.5-7b", "--shrink", "32", "--layers", "2,3,4", "--samples", "1", "--threads", "1"]
+    assert bench_calibration.main([*arguments, "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert [row["measure"] > 0 for row in result["rows"]] == [True] * 3 and result["n_layer"] == 32
+    assert set(result["minutes"]) == {"decode", "measure", "correct"}
+    assert "32 layers, 16 images" in capsys.readouterr().out
+
+
+def test_extrapolation():
+    assert bench_calibration.extrapolated([2, 4, 6], [5, 9, 13], 1, 32) == pytest.approx(65)
+    assert bench_calibration.extrapolated([2, 4, 6], [4, 16, 36], 2, 32) == pytest.approx(1024)

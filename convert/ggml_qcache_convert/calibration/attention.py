@@ -45,7 +45,6 @@ def sharing_errors(
     scores: Callable[[int], Array],
     v: Callable[[int], Array],
     w_o: Callable[[int], Array],
-    projection: Callable[[int], Array],
     before: Callable[[int], Array],
     row_visual: Array,
     key_visual: Array,
@@ -57,9 +56,8 @@ def sharing_errors(
     Args:
         scores: Gives a layer's ``[n_rows, n_head, n_keys]``, -inf where a row doesn't see a key.
         v: Gives a layer's ``[n_head_kv, n_keys, head_dim]``.
-        w_o: Gives a layer's ``[n_embd, n_head * head_dim]``.
-        projection: Gives a layer's ``[n, n_head * head_dim]`` that keeps lengths of what W_o gives; W_o itself for instance.
-        before: Gives the residual stream before a layer, ``[n_rows, n_embd]``; asked from layer 1 on.
+        w_o: Gives a layer's ``[n_embd, n_head * head_dim]``; or what ``length_keeping`` makes of it, ``[n, n_head * head_dim]``.
+        before: Gives the residual stream before a layer, ``[n_rows, n_embd]``, or the same made of it; asked from layer 1 on.
         row_visual: ``[n_rows]`` bool.
         key_visual: ``[n_keys]`` bool.
         mode: ``visual`` or ``global``.
@@ -72,38 +70,34 @@ def sharing_errors(
     all_scores = [scores(layer) for layer in range(n_layer)]
     n_rows, n_head, n_keys = all_scores[0].shape
     for layer in range(1, n_layer):
-        values, matrix = v(layer), projection(layer)
+        values, matrix = v(layer), w_o(layer)
         n_group = n_head // len(values)
 
         def output(weights: Array) -> Array:
             grouped = weights.transpose(1, 0, 2).reshape(len(values), n_group * n_rows, n_keys)
             by_head = (grouped @ values).reshape(n_head, n_rows, -1)
-            return by_head.transpose(1, 0, 2).reshape(n_rows, -1)
+            return by_head.transpose(1, 0, 2).reshape(n_rows, -1) @ matrix.T
 
         expected = output(softmax(all_scores[layer]))
-        after = before(layer) + expected @ w_o(layer).T
-        power = np.maximum(np.sum(after**2, axis=-1, dtype=np.float64), np.finfo(np.float64).tiny)
+        power = np.maximum(np.sum((before(layer) + expected) ** 2, axis=-1, dtype=np.float64), np.finfo(np.float64).tiny)
         for leader in range(layer):
             mixed = shared_scores(all_scores[leader], all_scores[layer], row_visual, key_visual, mode)
-            error = np.sum(((output(softmax(mixed)) - expected) @ matrix.T) ** 2, axis=-1, dtype=np.float64)
+            error = np.sum((output(softmax(mixed)) - expected) ** 2, axis=-1, dtype=np.float64)
             errors[leader, layer] = np.mean(error / power)
     return errors
 
 
-def length_keeping(matrix: Array, n: int, rng: np.random.Generator) -> Array:
-    """Random combinations of a matrix's rows, which keep the length of what it gives (Johnson-Lindenstrauss).
+def length_keeping(n_from: int, n_to: int, seed: int) -> Array:
+    """A random map to fewer dimensions that keeps the lengths of vectors (Johnson-Lindenstrauss).
 
-    Args:
-        matrix: ``[n_out, n_in]``.
-        n: Combinations; the squared length of one vector is off by a factor of about ``1 +- sqrt(2 / n)``.
-        rng: Draws them.
+    The squared length of one vector is off by a factor of about ``1 +- sqrt(2 / n_to)``.
 
     Returns:
-        ``[n, n_in]``, or the matrix where it has no more rows.
+        ``[n_to, n_from]``, or the identity where that wouldn't be fewer.
     """
-    if len(matrix) <= n:
-        return matrix
-    return (rng.standard_normal((n, len(matrix)), dtype=np.float32) / np.float32(n**0.5)) @ matrix
+    if n_from <= n_to:
+        return np.eye(n_from, dtype=np.float32)
+    return np.random.default_rng(seed).standard_normal((n_to, n_from), dtype=np.float32) / np.float32(n_to**0.5)
 
 
 def log_softmax(logits: Array) -> Array:

@@ -1,7 +1,7 @@
 """Measures a model on calibration samples and chooses its lazy layers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ggml_qcache import Llama
 
 METRICS = ("js", "output", "loss")
-_LENGTHS = 512  # rows that stand for W_o in wide models; over a sample's rows the error is a percent or so
+_LENGTHS = 512  # dimensions that stand for the residual stream of wide models; over a sample's rows the error is a percent or so
 _MOST_LAYERS = 1 << 16  # to read a specification before the model is there
 
 
@@ -187,17 +187,24 @@ def measure(llm: "Llama", settings: CalibrationSettings, progress: bool = False,
     if not images:
         raise ConversionError("there are no calibration images")
     pairs = choose_pairs(images, settings.prompts, settings.n_samples, settings.seed)
+    made = make_samples(llm, pairs, settings.n_answer, settings.n_other_rows, settings.seed)
+    return measure_samples(llm, made, len(pairs), settings, progress, n_threads)
+
+
+def measure_samples(
+    llm: "Llama", made: Iterable[Sample], n_samples: int, settings: CalibrationSettings, progress: bool = False, n_threads: int = 0
+) -> Measured:
+    """``measure`` on samples that are there already, or come one by one; ``n_samples`` of them."""
     runner = Runner(llm, settings.mode, n_threads)
     n_layer, weights = runner.n_layer, Weights(llm.model_path)
     samples: list[Sample] = []
     log_probs: list[npt.NDArray[np.float32]] = []
     divergence, errors = np.zeros((n_layer, n_layer)), np.zeros((n_layer, n_layer))
     # every pair of layers is compared: with W_o itself that would take longer than running the samples
-    rng = np.random.default_rng(settings.seed)
-    projections = [length_keeping(weights[f"blk.{layer}.attn_output.weight"], _LENGTHS, rng) for layer in range(n_layer)]
-    made = make_samples(llm, pairs, settings.n_answer, settings.n_other_rows, settings.seed)
+    shorter = length_keeping(llm.native_model.info.n_embd, _LENGTHS, settings.seed)
+    projections = [shorter @ weights[f"blk.{layer}.attn_output.weight"] for layer in range(n_layer)]
     with runner.context(None) as context:
-        for sample in tqdm(made, total=len(pairs), desc="calibrating", unit="sample", disable=not progress):
+        for sample in tqdm(made, total=n_samples, desc="calibrating", unit="sample", disable=not progress):
             context.capture_start("scores", "hidden")
             runner.decode(context, sample, sample.rows)
             last = [softmax(context.captured("scores", layer)) for layer in range(n_layer)]
@@ -206,9 +213,8 @@ def measure(llm: "Llama", settings: CalibrationSettings, progress: bool = False,
             errors += sharing_errors(
                 lambda layer: scores_of(context, layer, sample),
                 context.seq_v,
-                lambda layer: weights[f"blk.{layer}.attn_output.weight"],
                 projections.__getitem__,
-                lambda layer: np.stack([context.captured("hidden", layer - 1, int(row)) for row in sample.rows]),
+                lambda layer: np.stack([context.captured("hidden", layer - 1, int(row)) for row in sample.rows]) @ shorter.T,
                 sample.visual[sample.rows],
                 sample.visual,
                 settings.mode,
