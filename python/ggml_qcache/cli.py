@@ -56,13 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--mmproj", metavar="FILE", help="vision GGUF of the model; needed for images")
     run.add_argument("--image", metavar="FILE", action="append", default=[], help="path or URL of an image; repeatable")
     run.add_argument("-p", "--prompt", required=True, help="what to ask")
-    run.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
     run.add_argument("--temp", type=float, default=0.0, help="temperature, 0: always the likeliest token (default: 0)")
     run.add_argument("--seed", type=int, help="seed of sampling")
-    run.add_argument("--n-ctx", type=int, default=4096, metavar="N", help="longest prompt and answer (default: 4096)")
-    run.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
-    run.add_argument("--lazy-layers", default="auto", metavar="SPEC", help="auto, none, or e.g. 5-7,9-15 (default: auto)")
-    run.add_argument("--lazy-mode", choices=("visual", "global"), help="which tokens share (default: as the file says)")
     run.add_argument("--allow-http", action="store_true", help="fetch images from http(s) URLs")
     run.add_argument("--json", action="store_true", help="print answer and measurements as JSON when done")
     run.add_argument("--stats", action="store_true", help="print every measurement")
@@ -81,11 +76,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     test.add_argument("--against", metavar="MODEL", help="text GGUF of the untouched model, which runs with every layer full")
     test.add_argument("--limit", type=int, metavar="N", help="the first N questions only")
-    test.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
-    test.add_argument("--n-ctx", type=int, default=4096, metavar="N", help="longest prompt and answer (default: 4096)")
-    test.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
-    test.add_argument("--lazy-layers", default="auto", metavar="SPEC", help="auto, none, or e.g. 5-7,9-15 (default: auto)")
-    test.add_argument("--lazy-mode", choices=("visual", "global"), help="which tokens share (default: as the file says)")
     test.add_argument("--json", metavar="FILE", help="write the rows there too")
     test.add_argument("--no-progress", action="store_true", help="no progress bar")
 
@@ -102,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(run=_validate)
     check.add_argument("file", metavar="FILE", help="text GGUF")
+    for command in (run, test):
+        command.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
+        command.add_argument("--n-ctx", type=int, default=4096, metavar="N", help="longest prompt and answer (default: 4096)")
+        command.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
+        command.add_argument("--lazy-layers", default="auto", metavar="SPEC", help="auto, none, or e.g. 5-7,9-15 (default: auto)")
+        command.add_argument("--lazy-mode", choices=("visual", "global"), help="which tokens share (default: as the file says)")
     for command, purpose in ((run, "of the cache"), (test, "of the cache"), (look, "to reckon with")):
         for name in ("k", "v"):
             command.add_argument(
