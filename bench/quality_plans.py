@@ -81,6 +81,10 @@ class Calibrator:
         zeros = {names[layer]: np.zeros_like(weights[names[layer]]) for layer in chosen}
         return Plan("attention dropped", weights=zeros, dropped=chosen, seconds=time.monotonic() - started)
 
+    def most_saved(self, mode: str) -> float:
+        """Share of the KV bytes that is saved with every layer lazy that can be."""
+        return Runner(self._llm, mode).kv_saved(leaders_of(range(1, self.n_layer), self.n_layer), self.measured(mode).samples)
+
     def visual_share(self) -> float:
         """Visual tokens of all tokens of the samples."""
         return self.measured("visual").visual_share
@@ -100,7 +104,7 @@ def make_plans(
         llm: The model, with every layer full.
         modes: Lazy modes.
         metrics: What chooses lazy layers; the last one's choice is corrected too.
-        budgets: Shares of the KV bytes to save.
+        budgets: Shares of the KV bytes to save; those that a mode can't reach are left out there.
         controls: Of ``corrections``, ``random``, ``dropped``, ``pruned``, ``scaled``, ``quantised``.
         n_samples: Training scenes to choose on.
     """
@@ -120,7 +124,7 @@ def make_plans(
             if "scaled" in controls and share < 1:
                 yield Plan("scaled", side=int((144 * (1 - share)) ** 0.5))
         for mode in modes:
-            for budget in budgets:
+            for budget in (budget for budget in budgets if budget <= calibrator.most_saved(mode)):
                 best = None
                 for metric in metrics:
                     best = calibrator.lazy(metric, mode, budget)
