@@ -175,7 +175,7 @@ class Session(Protocol):
         """Reads picture and questions; returns the logits after each question, ``[n_questions, n_vocab]``."""
 
     def step(self, tokens: Sequence[int], seq_id: Sequence[int]) -> Array:
-        """Appends a token to some sequences; returns their logits, ``[n, n_vocab]``."""
+        """Appends tokens to their sequences, each to the end of its own; returns their logits, ``[n, n_vocab]``."""
 
     def kv_bytes(self, prompt: Prompt, n_answer: Sequence[int]) -> int:
         """KV bytes of the questions and answers of so many tokens, each as if asked alone."""
@@ -293,12 +293,10 @@ def greedy(session: Session, logits: Array, eos: int) -> list[list[int]]:
 
 def forced(session: Session, logits: Array, answers: Sequence[npt.NDArray[np.int32]]) -> list[Array]:
     """Log-probabilities before each token of the right answers, by question ``[n answer tokens, n_vocab]``."""
-    rows: list[list[Array]] = [[row] for row in logits]
-    for step in range(max(map(len, answers)) - 1):
-        going = [i for i, answer in enumerate(answers) if len(answer) > step + 1]
-        for i, row in zip(going, session.step([int(answers[i][step]) for i in going], going)):
-            rows[i].append(row)
-    return [log_softmax(np.stack(row)) for row in rows]
+    lengths = [len(answer) - 1 for answer in answers]
+    rows = session.step(np.concatenate([answer[:-1] for answer in answers]).tolist(), np.repeat(np.arange(len(answers)), lengths).tolist())
+    parts = np.split(rows, np.cumsum(lengths)[:-1])
+    return [log_softmax(np.concatenate([row[None], part])) for row, part in zip(logits, parts)]
 
 
 def run_plan(

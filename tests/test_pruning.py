@@ -72,6 +72,13 @@ def test_sequences_and_rewinding(core_models: CoreModels) -> None:
             assert_close(np.stack([pruned.logits(0), pruned.logits(1)]), np.stack([last for _, last in alone]), "rounding")
             for seq, prompt in enumerate(prompts):
                 pruned.seq_rm(seq, len(prompt))
+        one_by_one = []
+        for token in (7, 8, 9):
+            pruned.decode([token], [1])
+            one_by_one.append(pruned.logits())
+        pruned.seq_rm(1, len(prompts[1]))
+        pruned.decode([7, 4, 8, 9], [1, 0, 1, 1])
+        assert_close(np.stack([pruned.logits(row) for row in (0, 2, 3)]), np.stack(one_by_one), "rounding")
         with pytest.raises(ValueError, match="lies within the prompt of 39 tokens"):
             pruned.seq_rm(0, 20)
 

@@ -98,18 +98,19 @@ class PrunedContext:
         return kept
 
     def decode(self, tokens: Sequence[int], seq_id: Sequence[int]) -> None:
-        """Appends a token of text to each of some sequences; the logits of all are kept.
+        """Appends tokens of text, each to the end of its sequence; the logits of all are kept.
 
         Raises:
-            QCacheError: As ``Context.decode``.
+            QCacheError: As ``Context.decode``; nothing was appended.
         """
-        pos = [self._front.seq_len(seq) for seq in seq_id]
+        before = {seq: self._front.seq_len(seq) for seq in seq_id}
+        pos = [before[seq] + list(seq_id[:i]).count(seq) for i, seq in enumerate(seq_id)]
         self._front.capture_start("hidden")
         self._front.decode(tokens, seq_id=seq_id, logits=True)
         try:
             self._back.decode(None, self._hidden(len(tokens)), seq_id=seq_id, modality=TEXT, pos=pos, logits=True)
         except BaseException:
-            for seq, n in zip(seq_id, pos):
+            for seq, n in before.items():
                 self._front.seq_rm(seq, n)
             raise
 
