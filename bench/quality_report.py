@@ -38,8 +38,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     The scale of the loss is logarithmic above one point, so that both what hardly loses and what loses all can be told apart.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    # more methods than a colour cycle has; one colour in both panels
+    methods = list(dict.fromkeys(row["method"] for row in result["rows"]))
+    colours = dict(zip(methods, [*colormaps["tab20"].colors[::2], *colormaps["tab20"].colors[1::2]]))
     modes = sorted({row["mode"] for row in result["rows"]} - {"off"}) or ["off"]
     figure = Figure(figsize=(5.0 * len(modes) + 2.0, 4.5), layout="constrained")
     panels = figure.subplots(1, len(modes), squeeze=False, sharey=True)[0]
@@ -48,7 +52,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for method in dict.fromkeys(row["method"] for row in rows):
             points = sorted((100 * row["kv_saved"], row["mean_loss_points"]) for row in rows if row["method"] == method)
             lazy = any(row["lazy_layers"] for row in rows if row["method"] == method)
-            axes.plot(*zip(*points), marker="o" if lazy else "s", linestyle="-" if lazy and method != "random" else ":", label=method)
+            style = {"marker": "o" if lazy else "s", "linestyle": "-" if lazy and method != "random" else ":"}
+            axes.plot(*zip(*points), label=method, color=colours[method], **style)
         axes.axhline(1.0, color="grey", linewidth=0.8)
         axes.set(title=mode, xlabel="KV bytes saved, %", yscale="symlog")
         axes.set_yticks([0, 1, 3, 10, 30, 100], ["0", "1", "3", "10", "30", "100"])
