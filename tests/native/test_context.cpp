@@ -98,7 +98,7 @@ struct prompt {
     int32_t size() const { return (int32_t) token.size(); }
 
     struct qcache_batch rows(int32_t i0, int32_t i1, const int32_t * seq_id = nullptr) const {
-        return { i1 - i0, token.data() + i0, embd.data() + (size_t) i0 * n_embd, seq_id, nullptr, logits.data() + i0 };
+        return { i1 - i0, token.data() + i0, embd.data() + (size_t) i0 * n_embd, seq_id, nullptr, logits.data() + i0, nullptr };
     }
 };
 
@@ -253,9 +253,9 @@ void failures_leave_the_context(const qcache_model_t * model, const std::vector<
     CHECK(qcache_get_logits_ith(small.ctx, 0) == nullptr);
     const int32_t wrong_token[] = { n_vocab };
     const int32_t wrong_seq[]   = { 3 };
-    CHECK(qcache_decode(small.ctx, { 1, wrong_token, nullptr, nullptr, nullptr, nullptr }) == QCACHE_STATUS_INVALID_ARGUMENT);
-    CHECK(qcache_decode(small.ctx, { 1, p.token.data(), nullptr, wrong_seq, nullptr, nullptr }) == QCACHE_STATUS_INVALID_ARGUMENT);
-    CHECK(qcache_decode(small.ctx, { 0, p.token.data(), nullptr, nullptr, nullptr, nullptr }) == QCACHE_STATUS_INVALID_ARGUMENT);
+    CHECK(qcache_decode(small.ctx, { 1, wrong_token, nullptr, nullptr, nullptr, nullptr, nullptr }) == QCACHE_STATUS_INVALID_ARGUMENT);
+    CHECK(qcache_decode(small.ctx, { 1, p.token.data(), nullptr, wrong_seq, nullptr, nullptr, nullptr }) == QCACHE_STATUS_INVALID_ARGUMENT);
+    CHECK(qcache_decode(small.ctx, { 0, p.token.data(), nullptr, nullptr, nullptr, nullptr, nullptr }) == QCACHE_STATUS_INVALID_ARGUMENT);
     CHECK(qcache_seq_len(small.ctx, 0) == 60 && qcache_seq_len(small.ctx, 1) == 0);
     CHECK(qcache_get_kv_usage(small.ctx).bytes == bytes);
     CHECK(nmse(run(small.ctx, p, 60, 64), tail) < 1e-12);
