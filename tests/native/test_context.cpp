@@ -10,6 +10,7 @@
 #include <ggml.h>
 #include <gguf.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -295,6 +296,69 @@ void capture(const qcache_model_t * model, enum qcache_lazy_mode mode, const std
     CHECK(qcache_get_captured_ith(whole.ctx, QCACHE_CAPTURE_ATTN, 0, 0, nullptr) == nullptr);
 }
 
+// two contexts, one before and one from the second leader on, and δ given at run time
+void layers_and_bias(const qcache_model_t * model, const std::vector<int32_t> & leader) {
+    const prompt       p;
+    auto               params = params_for(QCACHE_LAZY_MODE_VISUAL, leader);
+    std::vector<float> bias((size_t) n_layer * n_head, 0.3f);
+    params.vis_bias   = bias.data();
+    params.n_vis_bias = (int32_t) bias.size();
+    context    whole(model, params);
+    const auto expected = run(whole.ctx, p, 0, p.size());
+
+    auto first = params, second = params;
+    first.n_layers = second.layer_first = 3;
+    context front(model, first), back(model, second);
+    std::fill(bias.begin(), bias.end(), 9.0f); // copied
+    CHECK(qcache_capture_start(front.ctx, QCACHE_CAPTURE_HIDDEN) == QCACHE_STATUS_SUCCESS);
+    CHECK(qcache_decode(front.ctx, p.rows(0, p.size())) == QCACHE_STATUS_SUCCESS);
+    CHECK(qcache_get_logits_ith(front.ctx, 0) == nullptr);
+    std::vector<float>   stream, got;
+    std::vector<int8_t>  modality;
+    std::vector<int32_t> pos;
+    for (int32_t i = 0; i < p.size(); i++) {
+        const float * x = qcache_get_captured_ith(front.ctx, QCACHE_CAPTURE_HIDDEN, 2, i, nullptr);
+        CHECK(x != nullptr);
+        stream.insert(stream.end(), x, x + n_embd);
+        modality.push_back(p.token[i] < 0);
+        pos.push_back(i);
+    }
+    const struct qcache_batch batch = { p.size(), nullptr, stream.data(), nullptr, modality.data(), p.logits.data(), pos.data() };
+    CHECK(qcache_decode(back.ctx, batch) == QCACHE_STATUS_SUCCESS);
+    for (int32_t i = 0; i < p.size(); i++) {
+        const float * row = qcache_get_logits_ith(back.ctx, i);
+        CHECK(row != nullptr);
+        got.insert(got.end(), row, row + n_vocab);
+    }
+    CHECK(nmse(got, expected) < 1e-9);
+    CHECK(qcache_decode(back.ctx, p.rows(0, 1)) == QCACHE_STATUS_INVALID_ARGUMENT); // a token
+    std::vector<float> v((size_t) n_head_kv * head_dim * p.size());
+    CHECK(qcache_seq_get_v(back.ctx, 0, 2, v.data(), v.size()) == QCACHE_STATUS_INVALID_ARGUMENT);
+    CHECK(qcache_seq_get_v(back.ctx, 0, 3, v.data(), v.size()) == QCACHE_STATUS_SUCCESS);
+    second.layer_first = 4; // its leader is 3
+    qcache_context_t * none = nullptr;
+    second.vis_bias = bias.data();
+    CHECK(qcache_context_init(model, second, &none) == QCACHE_STATUS_INVALID_ARGUMENT && none == nullptr);
+}
+
+void set_weight(const std::string & path) {
+    qcache_model_t * model = nullptr;
+    CHECK(qcache_model_init(path.c_str(), qcache_model_default_params(), &model) == QCACHE_STATUS_SUCCESS);
+    std::vector<float> zeros((size_t) n_embd * n_head * head_dim, 0.0f);
+    CHECK(qcache_model_set_weight(model, "blk.1.attn_output.weight", zeros.data(), zeros.size()) == QCACHE_STATUS_SUCCESS);
+    CHECK(qcache_model_set_weight(model, "blk.1.attn_output.weight", zeros.data(), zeros.size() - 1) == QCACHE_STATUS_INVALID_ARGUMENT);
+    CHECK(qcache_model_set_weight(model, "blk.99.attn_output.weight", zeros.data(), zeros.size()) == QCACHE_STATUS_INVALID_ARGUMENT);
+    zeros[5] = NAN;
+    CHECK(qcache_model_set_weight(model, "blk.1.attn_output.weight", zeros.data(), zeros.size()) == QCACHE_STATUS_INVALID_ARGUMENT);
+    const prompt p;
+    {
+        context    ctx(model, params_for(QCACHE_LAZY_MODE_OFF, {}));
+        const auto logits = run(ctx.ctx, p, 0, p.size());
+        CHECK(std::all_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); }));
+    }
+    qcache_model_free(model);
+}
+
 void bad_files(const std::string & path) {
     std::ifstream     in(path, std::ios::binary);
     const std::string bytes((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
@@ -340,7 +404,9 @@ int main() {
     }
     state_and_sequences(model, leader);
     failures_leave_the_context(model, leader);
+    layers_and_bias(model, leader);
     qcache_model_free(model);
+    set_weight(path);
     bad_files(path);
     remove(path.c_str());
     return check_report("test-context");
