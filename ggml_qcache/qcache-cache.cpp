@@ -121,7 +121,7 @@ struct qcache_kv_usage qcache_cache::usage(int32_t n_lazy_layers) const {
 //
 
 static const uint32_t STATE_MAGIC   = 0x53514751; // "QGQS"
-static const uint32_t STATE_VERSION = 1;
+static const uint32_t STATE_VERSION = 2;
 
 // FNV-1a over 32-bit words, which everything in a state is made of
 static uint64_t state_checksum(uint64_t sum, const void * data, size_t size) {
@@ -223,7 +223,8 @@ enum qcache_status qcache_cache::read_state(const uint8_t * data, size_t size, i
         }
         if (value != fingerprint[i]) {
             static const char * names[] = { "n_layer", "n_embd",  "n_head",         "n_head_kv", "head_dim",
-                                            "type_k",  "type_v", "n_block_tokens", "lazy_mode" };
+                                            "type_k",  "type_v", "n_block_tokens", "lazy_mode", "layer_first",
+                                            "n_layers" };
             const size_t        n_names = sizeof(names) / sizeof(names[0]);
             return qcache_fail(QCACHE_STATUS_INVALID_STATE, "the state was saved with %s %d, this context has %d",
                                i < n_names ? names[i] : ("leader of layer " + std::to_string(i - n_names)).c_str(), value, fingerprint[i]);

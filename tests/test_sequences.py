@@ -313,7 +313,7 @@ def expected_usage(
     """
 
     def part(cache_type: str) -> int:
-        row = 2 * info.head_dim if cache_type == "f16" else 34 * math.ceil(info.head_dim / 32)
+        row = 2 * info.head_dim if cache_type == "f16" else {"q8_0": 34, "q4_0": 18}[cache_type] * math.ceil(info.head_dim / 32)
         return math.ceil(row * info.n_head_kv * block_tokens / 64) * 64
 
     lazy = sum(leader[il] != il for il in range(info.n_layer)) if mode != "off" else 0

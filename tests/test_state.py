@@ -13,7 +13,7 @@ from ggml_qcache.native import Context, Model
 from ggml_qcache_convert import leaders_of
 
 LEADER = leaders_of([1, 2, 4, 7], N_LAYER)
-HEADER_WORDS = 3 + 9 + N_LAYER  # magic, version, count, then the fingerprint with the leaders
+HEADER_WORDS = 3 + 11 + N_LAYER  # magic, version, count, then the fingerprint with the leaders
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_damaged_states_are_refused(model: CoreModel, saved: bytes) -> None:
         victim.refuses(saved[:length], rf"saved state of {length} bytes is damaged|damaged at byte")
     victim.refuses(saved + bytes(4), "is damaged")
     victim.refuses(b"GGUF" + saved[4:], "does not start as a state does")
-    victim.refuses(saved[:4] + struct.pack("<i", 2) + saved[8:], "unknown version 2")
+    victim.refuses(saved[:4] + struct.pack("<i", 3) + saved[8:], "unknown version 3")
     victim.refuses(rng.bytes(1000), "does not start as a state does")
     victim.still_works()
 

@@ -411,7 +411,7 @@ class Context:
         """
         pointer = lib.qcache_get_logits_ith(self.handle, row)
         if pointer == ffi.NULL:
-            raise ValueError(ffi.string(lib.qcache_last_error()).decode())
+            raise ValueError(f"row {row} has no logits: {ffi.string(lib.qcache_last_error()).decode()}")
         if out is None:
             out = np.empty(self.model.info.n_vocab, dtype=np.float32)
         elif out.nbytes != self._row_bytes:
