@@ -20,13 +20,15 @@
 #include <string>
 #include <vector>
 
+#include <unistd.h>
+
 namespace {
 
 const int n_layer = 5, n_embd = 64, n_head = 4, n_head_kv = 2, head_dim = 16, n_ff = 96, n_vocab = 50;
 
 std::string temporary(const char * name) {
     const char * dir = getenv("TMPDIR");
-    return std::string(dir != nullptr ? dir : "/tmp") + "/qcache-test-" + name;
+    return std::string(dir != nullptr ? dir : "/tmp") + "/qcache-test-" + std::to_string(getpid()) + "-" + name;
 }
 
 // a llama GGUF with random f32 weights and the given leaders
