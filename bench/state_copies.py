@@ -5,7 +5,7 @@ second one would find the first one's in the cache. Prefilling each takes hours 
 its saved state is taken apart, and its blocks are repeated for every sequence and to any length. What keys and values hold
 doesn't change the time of a step, so repeated ones (at the wrong positions) are as good as others.
 
-This knows the layout of a state (qcache-cache.cpp, version 1), until the C API can copy the state of one sequence.
+This knows the layout of a state (qcache-cache.cpp, version 2), until the C API can copy the state of one sequence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import cffi
 import numpy as np
 import numpy.typing as npt
 
-_MAGIC, _VERSION = 0x53514751, 1
+_MAGIC, _VERSION = 0x53514751, 2
 _HEADER = 3  # magic, version, number of fingerprint values
 _CHECKSUM_BYTES = 8
 _CHECKSUM = """
