@@ -29,6 +29,7 @@ from ggml_qcache_convert.calibration.calibrate import CalibrationSettings, measu
 from ggml_qcache_convert.calibration.correct import correct
 from ggml_qcache_convert.calibration.samples import Sample
 from ggml_qcache_convert.lazy_layers import leaders_of
+from ggml_qcache_convert.writer import AtomicFiles
 from machine import commit, machine, versions
 from make_model import PRESETS, make_model
 
@@ -123,7 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"corrections {minutes['correct']:.1f} min; peak {at['peak_bytes'] / 1e9:.1f} GB, {result['peak_over_model']:.2f} of the weights"
     )
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        with AtomicFiles([args.json]) as files:
+            files.path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+            files.commit()
     return 0
 
 

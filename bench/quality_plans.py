@@ -81,6 +81,11 @@ class Calibrator:
         zeros = {names[layer]: np.zeros_like(weights[names[layer]]) for layer in chosen}
         return Plan("attention dropped", weights=zeros, dropped=chosen, seconds=time.monotonic() - started)
 
+    def prune(self, budget: float) -> tuple[int, float] | None:
+        """Layers that see every token, and share of an image's tokens to keep after them; None: the budget can't be met so."""
+        gone = budget / self.visual_share() * self.n_layer / (self.n_layer - PRUNED_AFTER)
+        return (PRUNED_AFTER, 1 - gone) if gone < 1 else None
+
     def most_saved(self, mode: str) -> float:
         """Share of the KV bytes that is saved with every layer lazy that can be."""
         return Runner(self._llm, mode).kv_saved(leaders_of(range(1, self.n_layer), self.n_layer), self.measured(mode).samples)
@@ -116,15 +121,14 @@ def make_plans(
         for budget in budgets:
             if "dropped" in controls:
                 yield calibrator.dropped(budget)
-            # what of the image's tokens is to go
+            if "pruned" in controls and (prune := calibrator.prune(budget)) is not None:
+                yield Plan("pruned", prune=prune)
             share = budget / calibrator.visual_share()
-            pruned = share * calibrator.n_layer / (calibrator.n_layer - PRUNED_AFTER)
-            if "pruned" in controls and pruned < 1:
-                yield Plan("pruned", prune=(PRUNED_AFTER, 1 - pruned))
             if "scaled" in controls and share < 1:
                 yield Plan("scaled", side=int((144 * (1 - share)) ** 0.5))
         for mode in modes:
-            for budget in (budget for budget in budgets if budget <= calibrator.most_saved(mode)):
+            most = calibrator.most_saved(mode)
+            for budget in (budget for budget in budgets if budget <= most):
                 best = None
                 for metric in metrics:
                     best = calibrator.lazy(metric, mode, budget)
@@ -137,10 +141,7 @@ def make_plans(
                     wanted = [name for name in CORRECTIONS if mode == "visual" or name != "vis_bias"]
                     for names in [*([name] for name in wanted), wanted]:
                         yield calibrator.corrected(best, names)
-                if "pruned" in controls and mode == "visual":
-                    # half of the budget each
-                    leaders = best.leaders or []
+                # half of the budget pruned
+                if "pruned" in controls and mode == "visual" and (prune := calibrator.prune(budget / 2)) is not None:
                     kept = leaders_of([layer for layer in best.lazy_layers if layer > PRUNED_AFTER], calibrator.n_layer)
-                    share = budget / 2 / calibrator.visual_share() * calibrator.n_layer / (calibrator.n_layer - PRUNED_AFTER)
-                    assert len(leaders) == len(kept)
-                    yield Plan(f"{best.method} + pruned", mode, kept, prune=(PRUNED_AFTER, 1 - share))
+                    yield Plan(f"{best.method} + pruned", mode, kept, prune=prune)

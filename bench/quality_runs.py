@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -168,26 +168,39 @@ def make_prompts(llm: Llama, tests: Sequence[Test]) -> Iterator[Prompt]:
             yield Prompt(indices, start, embeddings[:end], after, answers)
 
 
-class Session(Protocol):
+class Session:
     """The questions of one picture at a time, a sequence each."""
+
+    _context: Context | PrunedContext
 
     def ask(self, prompt: Prompt) -> Array:
         """Reads picture and questions; returns the logits after each question, ``[n_questions, n_vocab]``."""
+        raise NotImplementedError
 
-    def step(self, tokens: Sequence[int], seq_id: Sequence[int]) -> Array:
-        """Appends tokens to their sequences, each to the end of its own; returns their logits, ``[n, n_vocab]``."""
+    def decode(self, tokens: Sequence[int], seq_id: Sequence[int]) -> None:
+        """Appends tokens to their sequences, each to the end of its own, and keeps their logits."""
+        raise NotImplementedError
 
     def kv_bytes(self, prompt: Prompt, n_answer: Sequence[int]) -> int:
         """KV bytes of the questions and answers of so many tokens, each as if asked alone."""
+        raise NotImplementedError
+
+    def step(self, tokens: Sequence[int], seq_id: Sequence[int]) -> Array:
+        """``decode``; returns the logits, ``[n, n_vocab]``."""
+        self.decode(tokens, seq_id)
+        return np.stack([self._context.logits(row) for row in range(len(tokens))])
 
     def rewind(self, prompt: Prompt) -> None:
         """Forgets the answers."""
+        for i, question in enumerate(prompt.questions):
+            self._context.seq_rm(i, len(prompt.tokens) + len(question))
 
     def close(self) -> None:
         """Frees the memory."""
+        self._context.close()
 
 
-class SharedSession:
+class SharedSession(Session):
     """The picture is prefilled once, and its blocks are shared."""
 
     def __init__(self, model: Model, plan: Plan) -> None:
@@ -209,10 +222,9 @@ class SharedSession:
         context.decode(np.concatenate(prompt.questions), seq_id=np.repeat(np.arange(n), lengths), logits=wanted)
         return np.stack([context.logits(int(end)) for end in ends])
 
-    def step(self, tokens: Sequence[int], seq_id: Sequence[int]) -> Array:
+    def decode(self, tokens: Sequence[int], seq_id: Sequence[int]) -> None:
         """As ``Session``."""
         self._context.decode(tokens, seq_id=seq_id, logits=True)
-        return np.stack([self._context.logits(row) for row in range(len(tokens))])
 
     def kv_bytes(self, prompt: Prompt, n_answer: Sequence[int]) -> int:
         """As ``Session``."""
@@ -223,17 +235,8 @@ class SharedSession:
             total += sum(count * self._usage[kind] for count, kind in zip(blocks, kinds))
         return round(total * self._kept)
 
-    def rewind(self, prompt: Prompt) -> None:
-        """As ``Session``."""
-        for i, question in enumerate(prompt.questions):
-            self._context.seq_rm(i, len(prompt.tokens) + len(question))
 
-    def close(self) -> None:
-        """As ``Session``."""
-        self._context.close()
-
-
-class PrunedSession:
+class PrunedSession(Session):
     """What is pruned depends on the question: each has a prefill of its own."""
 
     def __init__(self, model: Model, plan: Plan) -> None:
@@ -251,23 +254,13 @@ class PrunedSession:
             rows.append(self._context.logits())
         return np.stack(rows)
 
-    def step(self, tokens: Sequence[int], seq_id: Sequence[int]) -> Array:
+    def decode(self, tokens: Sequence[int], seq_id: Sequence[int]) -> None:
         """As ``Session``."""
         self._context.decode(tokens, seq_id)
-        return np.stack([self._context.logits(row) for row in range(len(tokens))])
 
     def kv_bytes(self, prompt: Prompt, n_answer: Sequence[int]) -> int:
         """As ``Session``; nothing is shared, so it is what they hold."""
         return self._context.kv_usage()["bytes"]
-
-    def rewind(self, prompt: Prompt) -> None:
-        """As ``Session``."""
-        for i, question in enumerate(prompt.questions):
-            self._context.seq_rm(i, len(prompt.tokens) + len(question))
-
-    def close(self) -> None:
-        """As ``Session``."""
-        self._context.close()
 
 
 def count_blocks(prompt: Prompt, n_after: int) -> list[int]:

@@ -8,8 +8,10 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ggml_qcache_convert.writer import AtomicFiles
 from rich.console import Console
 from tqdm import tqdm
 
@@ -17,6 +19,7 @@ from . import Llama, QCacheError, __version__
 from .evaluation import draw as draw_rows
 from .evaluation import evaluate, read_items
 from .inspection import draw, inspect_file
+from .native import KV_TYPES
 from .validation import validate_file
 
 
@@ -101,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     for command, purpose in ((run, "of the cache"), (test, "of the cache"), (look, "to reckon with")):
         for name in ("k", "v"):
             command.add_argument(
-                f"--type-{name}", choices=("f16", "q8_0", "q4_0"), default="f16", help=f"type of {name.upper()} {purpose} (default: f16)"
+                f"--type-{name}", choices=tuple(KV_TYPES), default="f16", help=f"type of {name.upper()} {purpose} (default: f16)"
             )
     return parser
 
@@ -179,10 +182,10 @@ def _eval(args: argparse.Namespace) -> None:
         models.append((os.path.basename(args.model), stack.enter_context(Llama(args.model, **lazy, **kept))))
         rows = evaluate(models, tqdm(items, unit="question", disable=args.no_progress), args.max_tokens)
     if args.json:
-        temporary = f"{args.json}.{os.getpid()}.part"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"data": os.fspath(args.data), "rows": rows}, file, indent=1)
-        os.replace(temporary, args.json)
+        out = Path(args.json)
+        with AtomicFiles([out]) as files:
+            files.path(out).write_text(json.dumps({"data": os.fspath(args.data), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+            files.commit()
     draw_rows(rows, Console())
 
 

@@ -176,8 +176,10 @@ class Ridge:
         self._n_rows += len(x)
         self._n_samples += 1
 
-    def error(self, solution: npt.NDArray[np.float64], parts: slice = slice(None)) -> float:
-        """Mean squared error with ``residuals = inputs @ solution``."""
+    def error(self, solution: npt.NDArray[np.float64] | None = None, parts: slice = slice(None)) -> float:
+        """Mean squared error with ``residuals = inputs @ solution``; None: with nothing solved."""
+        if solution is None:
+            return float(self._power[parts].sum()) / self._n_rows
         gram, cross = self._gram[parts].sum(0), self._cross[parts].sum(0)
         return float(self._power[parts].sum() - 2 * np.sum(solution * cross) + np.sum(solution * (gram @ solution))) / self._n_rows
 
@@ -186,7 +188,7 @@ class Ridge:
         values, vectors = np.linalg.eigh(self._gram[0])
         rotated = vectors.T @ self._cross[0]
         held_out = slice(1, 2)
-        best, best_error = None, self.error(np.zeros_like(rotated), held_out)
+        best, best_error = None, self.error(parts=held_out)
         for ridge in RIDGES:
             error = self.error(vectors @ (rotated / (values + ridge * values.mean())[:, None]), held_out)
             if error < best_error:
@@ -334,7 +336,7 @@ class _Corrector:
         """W_o by ridge regression, pulled to what it was; kept when it helps, rounding included."""
         w_o = self.weight(layer, "attn_output.weight")
         rounded = self.file.rounded(f"blk.{layer}.attn_output.weight", (w_o + ridge.solve().T).astype(np.float32))
-        if ridge.error((rounded - w_o).T.astype(np.float64)) < ridge.error(np.zeros(w_o.T.shape)):
+        if ridge.error((rounded - w_o).T.astype(np.float64)) < ridge.error():
             self.set_weight(layer, "attn_output.weight", rounded)
 
 
@@ -391,12 +393,8 @@ def correct(
 
 def _correct_layer(corrector: _Corrector, layer: int, align_heads: bool, vis_bias: bool, refit: bool) -> LayerError:
     """Makes the corrections asked for; the error is measured after each."""
-
-    def error(ridge: Ridge) -> float:
-        return ridge.error(np.zeros(corrector.weight(layer, "attn_output.weight").T.shape))
-
     ridge = corrector.residuals(layer)
-    found: dict[str, float] = {"shared": error(ridge)}
+    found: dict[str, float] = {"shared": ridge.error()}
     steps: list[tuple[str, bool, Callable[[], None]]] = [
         ("aligned", align_heads, lambda: corrector.align(layer)),
         ("biased", vis_bias, lambda: corrector.bias(layer)),
@@ -406,5 +404,5 @@ def _correct_layer(corrector: _Corrector, layer: int, align_heads: bool, vis_bia
         if wanted:
             step()
             ridge = corrector.residuals(layer)
-            found[name] = error(ridge)
+            found[name] = ridge.error()
     return LayerError(layer, **found)
