@@ -1,7 +1,7 @@
 // qcache-cache.cpp: block memory and its state
 //
-// A block is one allocation for all layers, so memory grows and shrinks with use in steps of one block, and a kernel
-// needs one pointer per block and one offset per layer.
+// A block is one allocation for all layers of a device, so memory grows and shrinks with use in steps of one block, and a
+// kernel needs one pointer per block and one offset per layer.
 
 #include "qcache-cache.h"
 
@@ -39,10 +39,28 @@ qcache_layout::qcache_layout(const qcache_hparams & hparams, const std::vector<i
     full_block_bytes = (k_bytes + v_bytes) * (end - first);
 }
 
-qcache_cache::qcache_cache(qcache_layout layout, ggml_backend_buffer_type_t buft, int32_t n_seq_max, size_t bytes_max,
-                           std::vector<int32_t> fingerprint) :
-    lay(std::move(layout)), buft(buft), mgr(n_seq_max, lay.n_block_tokens, lay.block_bytes, bytes_max),
-    fingerprint(std::move(fingerprint)) {}
+static size_t sum_block_bytes(const std::vector<qcache_cache_part> & parts, int modality) {
+    size_t sum = 0;
+    for (const auto & part : parts) {
+        sum += part.layout.block_bytes[modality];
+    }
+    return sum;
+}
+
+qcache_cache::qcache_cache(std::vector<qcache_cache_part> given, int32_t n_seq_max, size_t bytes_max, std::vector<int32_t> fingerprint) :
+    parts(std::move(given)), block_bytes{ sum_block_bytes(parts, 0), sum_block_bytes(parts, 1) },
+    mgr(n_seq_max, parts[0].layout.n_block_tokens, block_bytes, bytes_max), fingerprint(std::move(fingerprint)) {}
+
+// a part of a block as a tensor of bytes, which is how ggml reads and writes device memory
+struct block_bytes_tensor {
+    ggml_context_ptr ctx;
+    ggml_tensor *    tensor;
+
+    block_bytes_tensor(ggml_backend_buffer_t buffer, size_t size) : ctx(ggml_init({ ggml_tensor_overhead(), nullptr, true })) {
+        tensor = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, (int64_t) size);
+        ggml_backend_tensor_alloc(buffer, tensor, ggml_backend_buffer_get_base(buffer));
+    }
+};
 
 // Memory of one block, uninitialised; NULL where there is none. A kernel reads one head's few KB out of each layer of
 // each block, so with 4 KB pages nearly every one of these reads would miss the TLB: large pages where they fit.
@@ -59,38 +77,63 @@ static ggml_backend_buffer_ptr new_block(ggml_backend_buffer_type_t buft, size_t
     return buffer;
 }
 
+bool qcache_cache::allocate(block_memory & to, int8_t modality) const {
+    for (const auto & part : parts) {
+        to.push_back(new_block(part.buft, part.layout.block_bytes[modality]));
+        if (!to.back()) {
+            to.clear();
+            return false;
+        }
+    }
+    return true;
+}
+
 bool qcache_cache::sync() {
     bool ok = true;
-    memory.resize(mgr.n_ids() > (int32_t) memory.size() ? mgr.n_ids() : memory.size());
+    memory.resize(std::max((size_t) mgr.n_ids(), memory.size()));
     const auto changed = mgr.take_changed();
     for (const int32_t id : changed) {
         // an id freed and taken again may have another size
         const bool used = id < mgr.n_ids() && mgr.used(id);
-        if (!used || (memory[id] && ggml_backend_buffer_get_size(memory[id].get()) != lay.block_bytes[mgr.modality(id)])) {
-            memory[id].reset();
+        for (size_t i = 0; used && i < memory[id].size(); i++) {
+            if (ggml_backend_buffer_get_size(memory[id][i].get()) != parts[i].layout.block_bytes[mgr.modality(id)]) {
+                memory[id].clear();
+            }
+        }
+        if (!used) {
+            memory[id].clear();
         }
     }
     for (const int32_t id : changed) {
-        if (ok && id < mgr.n_ids() && mgr.used(id) && !memory[id]) {
-            memory[id] = new_block(buft, lay.block_bytes[mgr.modality(id)]);
-            ok = memory[id] != nullptr;
-            if (ok) {
-                ggml_backend_buffer_clear(memory[id].get(), 0);
+        if (ok && id < mgr.n_ids() && mgr.used(id) && memory[id].empty()) {
+            ok = allocate(memory[id], mgr.modality(id));
+            for (const auto & buffer : memory[id]) {
+                ggml_backend_buffer_clear(buffer.get(), 0);
             }
         }
     }
     if (ok) {
         for (const auto & copy : mgr.take_copies()) {
-            memcpy(ggml_backend_buffer_get_base(memory[copy.dst].get()), ggml_backend_buffer_get_base(memory[copy.src].get()),
-                   lay.block_bytes[mgr.modality(copy.src)]);
+            for (size_t i = 0; i < parts.size(); i++) {
+                const size_t size = parts[i].layout.block_bytes[mgr.modality(copy.src)];
+                if (size > 0) {
+                    block_bytes_tensor src(memory[copy.src][i].get(), size), dst(memory[copy.dst][i].get(), size);
+                    ggml_backend_tensor_copy(src.tensor, dst.tensor);
+                }
+            }
         }
     }
     return ok;
 }
 
-qcache_attn_block qcache_cache::view(const qcache_seq_block & block) const {
-    ggml_backend_buffer_t buffer = memory[block.id].get();
+qcache_attn_block qcache_cache::view(const qcache_seq_block & block, size_t part) const {
+    ggml_backend_buffer_t buffer = memory[block.id][part].get();
     return { (uint8_t *) ggml_backend_buffer_get_base(buffer), block.first, block.n, block.modality, buffer };
+}
+
+void qcache_cache::read(int32_t id, size_t part, size_t offset, void * to, size_t size) const {
+    block_bytes_tensor from(memory[id][part].get(), offset + size);
+    ggml_backend_tensor_get(from.tensor, to, offset, size);
 }
 
 struct qcache_kv_usage qcache_cache::usage(int32_t n_lazy_layers) const {
@@ -100,12 +143,14 @@ struct qcache_kv_usage qcache_cache::usage(int32_t n_lazy_layers) const {
     u.n_blocks_visual    = mgr.n_blocks(QCACHE_MODALITY_VISUAL);
     u.n_blocks           = u.n_blocks_text + u.n_blocks_visual;
     u.bytes              = mgr.bytes();
-    u.bytes_if_full      = u.n_blocks * lay.full_block_bytes;
+    for (const auto & part : parts) {
+        u.bytes_block_full += part.layout.full_block_bytes;
+    }
+    u.bytes_if_full      = u.n_blocks * u.bytes_block_full;
     u.bytes_max          = mgr.bytes_limit();
-    u.bytes_block_text   = lay.block_bytes[QCACHE_MODALITY_TEXT];
-    u.bytes_block_visual = lay.block_bytes[QCACHE_MODALITY_VISUAL];
-    u.bytes_block_full   = lay.full_block_bytes;
-    u.n_block_tokens     = lay.n_block_tokens;
+    u.bytes_block_text   = block_bytes[QCACHE_MODALITY_TEXT];
+    u.bytes_block_visual = block_bytes[QCACHE_MODALITY_VISUAL];
+    u.n_block_tokens     = parts[0].layout.n_block_tokens;
     u.n_lazy_layers      = n_lazy_layers;
     for (int32_t s = 0; s < mgr.n_seqs(); s++) {
         for (const auto & block : mgr.seq(s)) {
@@ -173,8 +218,20 @@ bool qcache_cache::write_state(const sink & unchecked_out) const {
             ok = ok && put(number[block.id]) && put(block.n);
         }
     }
+    std::vector<uint8_t> staging; // for memory that the host cannot read
     for (const int32_t id : ids) {
-        ok = ok && out(ggml_backend_buffer_get_base(memory[id].get()), lay.block_bytes[mgr.modality(id)]);
+        for (size_t i = 0; i < parts.size(); i++) {
+            const size_t size = parts[i].layout.block_bytes[mgr.modality(id)];
+            if (ggml_backend_buffer_is_host(memory[id][i].get())) {
+                ok = ok && out(ggml_backend_buffer_get_base(memory[id][i].get()), size);
+                continue;
+            }
+            staging.resize(size);
+            if (size > 0) {
+                read(id, i, 0, staging.data(), size);
+            }
+            ok = ok && out(staging.data(), size);
+        }
     }
     return ok && unchecked_out(&sum, sizeof(sum));
 }
@@ -244,7 +301,7 @@ enum qcache_status qcache_cache::read_state(const uint8_t * data, size_t size, i
         }
         m = (int8_t) value;
         counts[value]++;
-        bytes += lay.block_bytes[value];
+        bytes += block_bytes[value];
     }
     std::vector<std::vector<qcache_seq_block>> seqs(std::max(n_seqs, mgr.n_seqs()));
     std::vector<bool>                          referenced(n_blocks);
@@ -258,7 +315,7 @@ enum qcache_status qcache_cache::read_state(const uint8_t * data, size_t size, i
         }
         for (int32_t i = 0; i < n; i++) {
             int32_t id = 0, n_tokens = 0;
-            if (!get(id) || !get(n_tokens) || id < 0 || id >= n_blocks || n_tokens < 1 || n_tokens > lay.n_block_tokens) {
+            if (!get(id) || !get(n_tokens) || id < 0 || id >= n_blocks || n_tokens < 1 || n_tokens > parts[0].layout.n_block_tokens) {
                 return damaged("block", id);
             }
             seqs[s].push_back({ id, first, n_tokens, modality[id] });
@@ -280,15 +337,19 @@ enum qcache_status qcache_cache::read_state(const uint8_t * data, size_t size, i
         return qcache_fail(QCACHE_STATUS_NO_BLOCKS, "the state needs %zu bytes of KV, kv_bytes_max is %zu", bytes, mgr.bytes_limit());
     }
     // new memory first: what is held now goes only when nothing can fail any more
-    std::vector<ggml_backend_buffer_ptr> fresh(n_blocks);
+    std::vector<block_memory> fresh(n_blocks);
     for (int32_t id = 0; id < n_blocks; id++) {
-        const size_t block_bytes = lay.block_bytes[modality[id]];
-        fresh[id] = new_block(buft, block_bytes);
-        if (!fresh[id]) {
+        if (!allocate(fresh[id], modality[id])) {
             return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot allocate %zu bytes of KV for a saved state", bytes);
         }
-        memcpy(ggml_backend_buffer_get_base(fresh[id].get()), data + pos, block_bytes);
-        pos += block_bytes;
+        for (size_t i = 0; i < parts.size(); i++) {
+            const size_t part_bytes = parts[i].layout.block_bytes[modality[id]];
+            if (part_bytes > 0) {
+                block_bytes_tensor to(fresh[id][i].get(), part_bytes);
+                ggml_backend_tensor_set(to.tensor, data + pos, 0, part_bytes);
+            }
+            pos += part_bytes;
+        }
     }
     mgr.restore(seqs, modality);
     memory = std::move(fresh);

@@ -27,13 +27,18 @@ struct qcache_layout {
                   int32_t end, int32_t n_block_tokens, int32_t type_k, int32_t type_v);
 };
 
+// consecutive layers whose K and V lie in memory of one device
+struct qcache_cache_part {
+    qcache_layout              layout;
+    ggml_backend_buffer_type_t buft;
+};
+
 class qcache_cache {
   public:
-    // fingerprint: what a saved state must match to be loaded, beyond the layout
-    qcache_cache(qcache_layout layout, ggml_backend_buffer_type_t buft, int32_t n_seq_max, size_t bytes_max,
-                 std::vector<int32_t> fingerprint);
+    // parts: in order of their layers. fingerprint: what a saved state must match to be loaded, beyond the layout
+    qcache_cache(std::vector<qcache_cache_part> parts, int32_t n_seq_max, size_t bytes_max, std::vector<int32_t> fingerprint);
 
-    const qcache_layout & layout() const { return lay; }
+    const qcache_layout & layout(size_t part) const { return parts[part].layout; }
     qcache_blocks &       blocks() { return mgr; }
     const qcache_blocks & blocks() const { return mgr; }
 
@@ -41,7 +46,10 @@ class qcache_cache {
     // rolls back and calls again.
     bool sync();
 
-    qcache_attn_block view(const qcache_seq_block & block) const;
+    qcache_attn_block view(const qcache_seq_block & block, size_t part) const;
+
+    // Copies bytes of a block's part to the host.
+    void read(int32_t id, size_t part, size_t offset, void * to, size_t size) const;
 
     struct qcache_kv_usage usage(int32_t n_lazy_layers) const;
 
@@ -52,9 +60,13 @@ class qcache_cache {
     enum qcache_status read_state(const uint8_t * data, size_t size, int32_t n_ctx);
 
   private:
-    qcache_layout                        lay;
-    ggml_backend_buffer_type_t           buft;
-    qcache_blocks                        mgr;
-    std::vector<ggml_backend_buffer_ptr> memory; // by block id; NULL where the block is free
-    std::vector<int32_t>                 fingerprint;
+    using block_memory = std::vector<ggml_backend_buffer_ptr>; // by part; empty where the block is free
+
+    bool allocate(block_memory & memory, int8_t modality) const; // false: out of memory, and memory is empty
+
+    std::vector<qcache_cache_part> parts;
+    size_t                         block_bytes[2]; // of all parts, by modality
+    qcache_blocks                  mgr;
+    std::vector<block_memory>      memory; // by block id
+    std::vector<int32_t>           fingerprint;
 };

@@ -1,5 +1,6 @@
 // qcache-context.cpp: decode: batch -> rows and blocks -> graph -> logits
 
+#include "qcache-backend.h"
 #include "qcache-graph.h"
 
 #include "cpu/attn-rows.h"
@@ -12,11 +13,30 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
+#include <string>
 #include <thread>
 
 // AUTO keeps the leader's logits while they fit the last-level cache of a small machine: then reading them beats
 // recomputing from K, whatever the number of rows; beyond it both are bound by memory
 static const size_t SCORE_CACHE_AUTO_BYTES = 32u << 20;
+
+// consecutive layers that one device computes, with what it computes them in
+struct qcache_stage {
+    const qcache_placement & placement;
+    int32_t                  first, end; // layers
+
+    ggml_backend_ptr        backend;
+    ggml_gallocr_ptr        galloc;
+    ggml_backend_buffer_ptr scores;
+    std::vector<uint8_t>    graph_memory; // tensors and graph of the current step
+
+    qcache_stage(const qcache_placement & placement, int32_t first, int32_t end) :
+        placement(placement), first(first), end(end), backend(ggml_backend_dev_init(placement.device, nullptr)),
+        galloc(ggml_gallocr_new(buft())) {}
+
+    ggml_backend_buffer_type_t buft() const { return ggml_backend_dev_buffer_type(placement.device); }
+};
 
 struct qcache_context {
     const qcache_model &         model;
@@ -25,26 +45,24 @@ struct qcache_context {
     enum qcache_lazy_mode        mode;
     std::vector<float>           vis_bias; // [n_layer][n_head], or empty: the model's
     const qcache_attn_kernel *   kernel;   // NULL: composed
-    ggml_backend_ptr             backend;
-    ggml_gallocr_ptr             galloc;
-    qcache_cache                 cache;
+    std::vector<qcache_stage>    stages;
+    qcache_cache                 cache;    // a part for each stage
+    std::string                  attn_name;
 
-    std::vector<uint8_t> graph_memory; // tensors and graph of the current step
-    std::vector<uint8_t> scratch;      // of the attention kernel, all threads
-    std::vector<float>   scores;
-    std::vector<float>   logits;       // [n_out][n_vocab]
-    std::vector<int32_t> out_of_row;   // [n_tokens] of the last batch: index into logits or -1
+    std::vector<uint8_t> scratch;    // of the CPU's attention kernel, all threads
+    std::vector<float>   residual;   // [n_rows][n_embd] of the current step, between stages
+    std::vector<float>   logits;     // [n_out][n_vocab]
+    std::vector<int32_t> out_of_row; // [n_tokens] of the last batch: index into logits or -1
     int32_t              n_out = 0;
 
     std::unique_ptr<qcache_capture_store> capture; // NULL while nothing is captured
 
     qcache_context(const qcache_model & model, struct qcache_context_params params, std::vector<int32_t> leader,
-                   enum qcache_lazy_mode mode, std::vector<float> vis_bias, const qcache_attn_kernel * kernel, qcache_layout layout,
-                   std::vector<int32_t> fingerprint) :
+                   enum qcache_lazy_mode mode, std::vector<float> vis_bias, const qcache_attn_kernel * kernel,
+                   std::vector<qcache_stage> stages, std::vector<qcache_cache_part> parts, std::vector<int32_t> fingerprint) :
         model(model), params(params), leader(std::move(leader)), mode(mode), vis_bias(std::move(vis_bias)), kernel(kernel),
-        backend(ggml_backend_cpu_init()),
-        galloc(ggml_gallocr_new(ggml_backend_cpu_buffer_type())),
-        cache(std::move(layout), ggml_backend_cpu_buffer_type(), params.n_seq_max, params.kv_bytes_max, std::move(fingerprint)) {}
+        stages(std::move(stages)),
+        cache(std::move(parts), params.n_seq_max, params.kv_bytes_max, std::move(fingerprint)) {}
 
     bool has_logits() const { return params.layer_first + params.n_layers == model.hparams.n_layer; }
 
@@ -141,66 +159,122 @@ enum qcache_status place(qcache_context & ctx, const struct qcache_batch & batch
     return QCACHE_STATUS_SUCCESS;
 }
 
-// rows i0 .. i1-1 of the batch as one graph
-enum qcache_status compute(qcache_context & ctx, const struct qcache_batch & batch, const std::vector<placed_row> & all, int32_t i0,
-                           int32_t i1, int32_t & n_out_done) {
-    const auto & hp = ctx.model.hparams;
+// what the graphs of one chunk of a batch share: its rows in the order of the graph
+struct chunk {
+    std::vector<placed_row>      rows;
+    std::vector<qcache_attn_row> attn_rows;
+    std::vector<int32_t>         seq_ids;  // sequences in it, as attn_rows count them
+    std::vector<int32_t>         out;      // rows whose logits are wanted
+    std::vector<int32_t>         rope_pos;
+    int32_t                      n_text  = 0;
+    int32_t                      pos_max = 0;
 
-    // text tokens, text embeddings, visual tokens, visual embeddings: see qcache-graph.h
-    std::vector<placed_row> rows(all.begin() + i0, all.begin() + i1);
-    const auto              kind = [](const placed_row & row) { return row.modality * 2 + !row.is_token; };
-    std::stable_sort(rows.begin(), rows.end(), [&](const auto & a, const auto & b) { return kind(a) < kind(b); });
+    bool decoding() const { return rows.size() <= seq_ids.size(); }
+};
 
-    // sequences of this step, with their blocks
-    std::vector<int32_t>                        index_of_seq(ctx.params.n_seq_max, -1);
-    std::vector<std::vector<qcache_attn_block>> blocks;
-    std::vector<qcache_attn_row>                attn_rows;
-    std::vector<int32_t>                        out; // rows whose logits are wanted
-    int32_t                                     n_of_kind[4] = { 0, 0, 0, 0 };
-    int32_t                                     pos_max = 0;
-    for (const auto & row : rows) {
+// rows i0 .. i1-1 of the batch, text before visual: see qcache-graph.h
+chunk make_chunk(const std::vector<placed_row> & all, int32_t i0, int32_t i1, int32_t n_seq_max) {
+    chunk c;
+    c.rows.assign(all.begin() + i0, all.begin() + i1);
+    std::stable_sort(c.rows.begin(), c.rows.end(), [](const auto & a, const auto & b) { return a.modality < b.modality; });
+
+    std::vector<int32_t> index_of_seq(n_seq_max, -1);
+    for (const auto & row : c.rows) {
         if (index_of_seq[row.seq_id] < 0) {
-            index_of_seq[row.seq_id] = (int32_t) blocks.size();
-            blocks.emplace_back();
-            for (const auto & block : ctx.cache.blocks().seq(row.seq_id)) {
-                blocks.back().push_back(ctx.cache.view(block));
+            index_of_seq[row.seq_id] = (int32_t) c.seq_ids.size();
+            c.seq_ids.push_back(row.seq_id);
+        }
+        const auto ir = (int32_t) c.attn_rows.size();
+        if (row.wants_logits) {
+            c.out.push_back(ir);
+        }
+        c.attn_rows.push_back({ index_of_seq[row.seq_id], row.pos, ir, row.block, row.modality });
+        c.rope_pos.push_back(row.rope_pos);
+        c.n_text += row.modality == QCACHE_MODALITY_TEXT;
+        c.pos_max = std::max(c.pos_max, row.pos);
+    }
+    return c;
+}
+
+// the residual stream before the first layer: token embeddings, or what the caller gave
+void embed(qcache_context & ctx, const struct qcache_batch & batch, const chunk & c) {
+    const ggml_tensor * table  = ctx.model.tok_embd;
+    const size_t        n_embd = ctx.model.hparams.n_embd;
+    const auto          expand = ggml_get_type_traits(table->type)->to_float;
+    ctx.residual.resize(c.rows.size() * n_embd);
+    float * to = ctx.residual.data();
+    for (const auto & row : c.rows) {
+        if (!row.is_token) {
+            memcpy(to, batch.embd + row.index * n_embd, n_embd * sizeof(float));
+        } else {
+            const char * from = (const char *) table->data + batch.token[row.index] * table->nb[1];
+            if (table->type == GGML_TYPE_F32) {
+                memcpy(to, from, n_embd * sizeof(float));
+            } else {
+                expand(from, to, (int64_t) n_embd);
             }
         }
-        if (row.wants_logits) {
-            out.push_back((int32_t) attn_rows.size());
-        }
-        attn_rows.push_back({ index_of_seq[row.seq_id], row.pos, (int32_t) attn_rows.size(), row.block, row.modality });
-        n_of_kind[kind(row)]++;
-        pos_max = std::max(pos_max, row.pos);
+        to += n_embd;
     }
-    std::vector<qcache_attn_seq> seqs;
+}
+
+// memory for the logits that leaders leave for their lazy layers, where they are to leave any
+enum qcache_status prepare_scores(const qcache_context & ctx, qcache_stage & stage, bool decoding, qcache_step & step) {
+    const size_t n_bytes = sizeof(float) * step.attn.n_rows * ctx.model.hparams.n_head * step.attn.n_score_keys;
+    // a GPU computes many rows on matrix units, which leave no logits behind
+    const bool pays = stage.placement.is_gpu ? decoding : n_bytes <= SCORE_CACHE_AUTO_BYTES;
+    step.use_scores = ctx.kernel != nullptr && ctx.n_lazy_layers() > 0 &&
+                      (ctx.params.score_cache == QCACHE_SCORE_CACHE_ON || (ctx.params.score_cache == QCACHE_SCORE_CACHE_AUTO && pays));
+    if (!step.use_scores) {
+        return QCACHE_STATUS_SUCCESS;
+    }
+    if (!stage.scores || ggml_backend_buffer_get_size(stage.scores.get()) < n_bytes) {
+        stage.scores.reset();
+        stage.scores.reset(ggml_backend_buft_alloc_buffer(stage.buft(), n_bytes));
+        if (!stage.scores) {
+            return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot allocate %zu bytes for the logits of leaders", n_bytes);
+        }
+    }
+    step.attn.scores = (float *) ggml_backend_buffer_get_base(stage.scores.get());
+    return QCACHE_STATUS_SUCCESS;
+}
+
+// One graph: the layers of a stage for a chunk, from the residual stream to the residual stream, or to the logits.
+enum qcache_status compute_stage(qcache_context & ctx, size_t i_stage, const chunk & c) {
+    const auto &   hp      = ctx.model.hparams;
+    qcache_stage & stage   = ctx.stages[i_stage];
+    const bool     is_last = i_stage + 1 == ctx.stages.size();
+
+    std::vector<std::vector<qcache_attn_block>> blocks;
+    std::vector<qcache_attn_seq>                seqs;
+    for (const int32_t seq_id : c.seq_ids) {
+        blocks.emplace_back();
+        for (const auto & block : ctx.cache.blocks().seq(seq_id)) {
+            blocks.back().push_back(ctx.cache.view(block, i_stage));
+        }
+    }
     for (const auto & b : blocks) {
         seqs.push_back({ b.data(), (int32_t) b.size() });
     }
-
-    qcache_step step = { ctx.model, ctx.leader, ctx.mode, ctx.vis_bias.empty() ? nullptr : ctx.vis_bias.data(), ctx.params.layer_first,
-                         ctx.params.layer_first + ctx.params.n_layers, ctx.cache.layout(), {}, false, ctx.kernel, nullptr,
-                         n_of_kind[0], n_of_kind[1], n_of_kind[2], n_of_kind[3],
+    std::vector<int32_t> out = c.out;
+    if (!is_last) {
+        out.resize(c.rows.size()); // the next stage needs every row
+        std::iota(out.begin(), out.end(), 0);
+    }
+    qcache_step step = { ctx.model, ctx.leader, ctx.mode, ctx.vis_bias.empty() ? nullptr : ctx.vis_bias.data(), stage.first, stage.end,
+                         stage.placement.rope_freqs, ctx.cache.layout(i_stage), {}, false, ctx.kernel, nullptr, c.n_text,
                          (int32_t) out.size(), out.data(), ctx.capture.get() };
     step.attn.seqs         = seqs.data();
-    step.attn.rows         = attn_rows.data();
+    step.attn.rows         = c.attn_rows.data();
     step.attn.n_seqs       = (int32_t) seqs.size();
-    step.attn.n_rows       = (int32_t) attn_rows.size();
+    step.attn.n_rows       = (int32_t) c.attn_rows.size();
     step.attn.scores       = nullptr;
-    step.attn.n_score_keys = pos_max + 1;
+    step.attn.n_score_keys = c.pos_max + 1;
 
-    const size_t n_scores = (size_t) step.attn.n_rows * hp.n_head * step.attn.n_score_keys;
-    step.use_scores       = ctx.kernel != nullptr && ctx.n_lazy_layers() > 0 &&
-                            (ctx.params.score_cache == QCACHE_SCORE_CACHE_ON ||
-                             (ctx.params.score_cache == QCACHE_SCORE_CACHE_AUTO && n_scores * sizeof(float) <= SCORE_CACHE_AUTO_BYTES));
-    if (step.use_scores) {
-        if (ctx.scores.size() < n_scores) {
-            ctx.scores.resize(n_scores);
-        }
-        step.attn.scores = ctx.scores.data();
+    if (const enum qcache_status status = prepare_scores(ctx, stage, c.decoding(), step); status != QCACHE_STATUS_SUCCESS) {
+        return status;
     }
-    const bool    decoding  = step.attn.n_rows <= step.attn.n_seqs;
-    const int32_t n_threads = decoding ? ctx.params.n_threads : ctx.params.n_threads_batch;
+    const int32_t n_threads = c.decoding() ? ctx.params.n_threads : ctx.params.n_threads_batch;
     if (ctx.kernel != nullptr) {
         qcache_attn_params p = {};
         p.head_dim           = hp.head_dim;
@@ -218,8 +292,8 @@ enum qcache_status compute(qcache_context & ctx, const struct qcache_batch & bat
     }
 
     const size_t n_nodes = qcache_graph::n_nodes_max(step);
-    ctx.graph_memory.resize(std::max(ctx.graph_memory.size(), ggml_tensor_overhead() * n_nodes * 2 + ggml_graph_overhead_custom(n_nodes, false)));
-    ggml_context_ptr ggml{ ggml_init({ ctx.graph_memory.size(), ctx.graph_memory.data(), true }) };
+    stage.graph_memory.resize(std::max(stage.graph_memory.size(), ggml_tensor_overhead() * n_nodes * 2 + ggml_graph_overhead_custom(n_nodes, false)));
+    ggml_context_ptr ggml{ ggml_init({ stage.graph_memory.size(), stage.graph_memory.data(), true }) };
     if (!ggml) {
         return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot create a graph of %zu nodes", n_nodes);
     }
@@ -235,44 +309,39 @@ enum qcache_status compute(qcache_context & ctx, const struct qcache_batch & bat
     }
     ggml_set_output(result);
     ggml_build_forward_expand(gf, result);
-    if (!ggml_gallocr_alloc_graph(ctx.galloc.get(), gf)) {
-        return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot allocate the compute buffer for %d rows", step.attn.n_rows);
-    }
-
-    std::vector<int32_t> token, pos;
-    std::vector<float>   embd;
-    for (const auto & row : rows) {
-        pos.push_back(row.rope_pos);
-        if (row.is_token) {
-            token.push_back(batch.token[row.index]);
-        } else {
-            const float * from = batch.embd + (size_t) row.index * hp.n_embd;
-            embd.insert(embd.end(), from, from + hp.n_embd);
-        }
+    if (!ggml_gallocr_alloc_graph(stage.galloc.get(), gf)) {
+        return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot allocate the compute buffer for %d rows on %s", step.attn.n_rows,
+                           ggml_backend_name(stage.backend.get()));
     }
     const auto set = [](ggml_tensor * tensor, const void * data) {
         if (tensor != nullptr && tensor->buffer != nullptr) {
             ggml_backend_tensor_set(tensor, data, 0, ggml_nbytes(tensor));
         }
     };
-    set(graph.inp_token, token.data());
-    set(graph.inp_embd, embd.data());
-    set(graph.inp_pos, pos.data());
+    set(graph.inp_embd, ctx.residual.data());
+    set(graph.inp_pos, c.rope_pos.data());
     set(graph.inp_out, out.data());
     graph.set_composed_inputs();
 
-    ggml_backend_cpu_set_n_threads(ctx.backend.get(), n_threads);
-    const enum ggml_status status = ggml_backend_graph_compute(ctx.backend.get(), gf);
+    if (ggml_backend_is_cpu(stage.backend.get())) {
+        ggml_backend_cpu_set_n_threads(stage.backend.get(), n_threads);
+    }
+    const enum ggml_status status = ggml_backend_graph_compute(stage.backend.get(), gf);
     if (status != GGML_STATUS_SUCCESS) {
         return qcache_fail(status == GGML_STATUS_ALLOC_FAILED ? QCACHE_STATUS_OUT_OF_MEMORY : QCACHE_STATUS_INTERNAL,
-                           "computing %d rows failed: %s", step.attn.n_rows, ggml_status_to_string(status));
+                           "computing %d rows on %s failed: %s", step.attn.n_rows, ggml_backend_name(stage.backend.get()),
+                           ggml_status_to_string(status));
+    }
+    if (!is_last) {
+        ggml_backend_tensor_get(result, ctx.residual.data(), 0, ggml_nbytes(result));
+        return QCACHE_STATUS_SUCCESS;
     }
     // rows were reordered: each output goes to its row's place in the batch
     std::vector<int32_t> to, n_keys;
     for (size_t k = 0; k < out.size(); k++) {
         const size_t row_bytes = (size_t) hp.n_vocab * sizeof(float);
-        to.push_back(ctx.out_of_row[rows[out[k]].index]);
-        n_keys.push_back(rows[out[k]].pos + 1);
+        to.push_back(ctx.out_of_row[c.rows[out[k]].index]);
+        n_keys.push_back(c.rows[out[k]].pos + 1);
         if (step.has_logits()) {
             ggml_backend_tensor_get(result, ctx.logits.data() + (size_t) to[k] * hp.n_vocab, k * row_bytes, row_bytes);
         }
@@ -280,8 +349,20 @@ enum qcache_status compute(qcache_context & ctx, const struct qcache_batch & bat
     if (ctx.capture) {
         ctx.capture->store(to, n_keys);
     }
-    n_out_done += (int32_t) out.size();
     return QCACHE_STATUS_SUCCESS;
+}
+
+// rows i0 .. i1-1 of the batch, through all stages
+enum qcache_status compute(qcache_context & ctx, const struct qcache_batch & batch, const std::vector<placed_row> & all, int32_t i0,
+                           int32_t i1, int32_t & n_out_done) {
+    const chunk c = make_chunk(all, i0, i1, ctx.params.n_seq_max);
+    embed(ctx, batch, c);
+    enum qcache_status status = QCACHE_STATUS_SUCCESS;
+    for (size_t i = 0; i < ctx.stages.size() && status == QCACHE_STATUS_SUCCESS; i++) {
+        status = compute_stage(ctx, i, c);
+    }
+    n_out_done += status == QCACHE_STATUS_SUCCESS ? (int32_t) c.out.size() : 0;
+    return status;
 }
 
 enum qcache_status decode(qcache_context & ctx, const struct qcache_batch & batch) {
@@ -388,6 +469,11 @@ enum qcache_status check_params(const qcache_model & model, struct qcache_contex
     return QCACHE_STATUS_SUCCESS;
 }
 
+// layers of the Lazy Block of layer il that come after the ones before il
+int32_t count_followers(const std::vector<int32_t> & leader, int32_t il) {
+    return (int32_t) std::count(leader.begin() + il, leader.end(), leader[il]);
+}
+
 // the leaders and the mode in force, and whether the weights they need are there
 enum qcache_status choose_lazy(const qcache_model & model, const struct qcache_context_params & p, std::vector<int32_t> & leader,
                                enum qcache_lazy_mode & mode) {
@@ -410,6 +496,13 @@ enum qcache_status choose_lazy(const qcache_model & model, const struct qcache_c
         if (computed && leader[il] < p.layer_first) {
             return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "layer %d is lazy and its leader %d comes before layer_first %d", il, leader[il],
                                p.layer_first);
+        }
+        for (const auto & placement : model.placements) {
+            if (computed && leader[il] < placement.first && placement.first <= il && il < placement.end) {
+                return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT,
+                                   "layer %d is lazy and on the GPU, its leader %d is not: with these layers n_gpu_layers %d or %d would do", il,
+                                   leader[il], hp.n_layer - il - count_followers(leader, il), hp.n_layer - leader[il]);
+            }
         }
         if (computed && (leader[il] == il || mode != QCACHE_LAZY_MODE_GLOBAL) && (model.layers[il].wq == nullptr || model.layers[il].wk == nullptr)) {
             return qcache_fail(QCACHE_STATUS_UNSUPPORTED,
@@ -479,13 +572,30 @@ enum qcache_status qcache_context_init(const qcache_model_t * model, struct qcac
         const qcache_attn_kernel * kernel = params.attn_impl == QCACHE_ATTN_IMPL_AUTO   ? qcache_attn_kernel_best()
                                             : params.attn_impl == QCACHE_ATTN_IMPL_SCALAR ? qcache_attn_kernel_scalar()
                                                                                           : nullptr;
-        qcache_layout layout(hp, leader, mode, params.layer_first, params.layer_first + params.n_layers, params.n_block_tokens, params.type_k,
-                             params.type_v);
-        auto made = std::make_unique<qcache_context>(*model, params, leader, mode, std::move(vis_bias), kernel, std::move(layout),
-                                                     std::move(fingerprint));
-        if (!made->backend || !made->galloc) {
-            return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot create the CPU backend");
+        std::vector<qcache_stage>      stages;
+        std::vector<qcache_cache_part> parts;
+        std::string                    attn_name;
+        for (const auto & placement : model->placements) {
+            const int32_t first = std::max(placement.first, params.layer_first);
+            const int32_t end   = std::min(placement.end, params.layer_first + params.n_layers);
+            if (first >= end) {
+                continue;
+            }
+            if (placement.is_gpu && params.attn_impl == QCACHE_ATTN_IMPL_SCALAR) {
+                return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "attn_impl 1 (scalar) runs on the CPU alone, layers %d .. %d are on %s", first,
+                                   end - 1, ggml_backend_dev_name(placement.device));
+            }
+            stages.emplace_back(placement, first, end);
+            if (!stages.back().backend || !stages.back().galloc) {
+                return placement.is_gpu ? QCACHE_STATUS_OUT_OF_MEMORY : qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot create the CPU backend");
+            }
+            parts.push_back({ qcache_layout(hp, leader, mode, first, end, params.n_block_tokens, params.type_k, params.type_v), stages.back().buft() });
+            attn_name += attn_name.empty() ? "" : ", ";
+            attn_name += kernel == nullptr ? "composed" : placement.is_gpu ? qcache_backend_kernels(placement.device) : kernel->name;
         }
+        auto made = std::make_unique<qcache_context>(*model, params, leader, mode, std::move(vis_bias), kernel, std::move(stages),
+                                                     std::move(parts), std::move(fingerprint));
+        made->attn_name = attn_name;
         *ctx = made.release();
         return QCACHE_STATUS_SUCCESS;
     });
@@ -550,7 +660,7 @@ enum qcache_lazy_mode qcache_get_lazy(const qcache_context_t * ctx, int32_t * le
 }
 
 const char * qcache_attn_name(const qcache_context_t * ctx) {
-    return ctx->kernel == nullptr ? "composed" : ctx->kernel->name;
+    return ctx->attn_name.c_str();
 }
 
 void qcache_set_n_threads(qcache_context_t * ctx, int32_t n_threads, int32_t n_threads_batch) {
@@ -568,6 +678,10 @@ enum qcache_status qcache_capture_start(qcache_context_t * ctx, int32_t what) {
     const int32_t all = QCACHE_CAPTURE_SCORES | QCACHE_CAPTURE_PROBS | QCACHE_CAPTURE_ATTN | QCACHE_CAPTURE_HIDDEN;
     if (what == 0 || (what & ~all) != 0) {
         return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "what to capture is %d, expected enum qcache_capture, added up (1 .. %d)", what, all);
+    }
+    if (ctx->model.placements.back().is_gpu) {
+        return qcache_fail(QCACHE_STATUS_UNSUPPORTED, "capture reads what the CPU computes: load the model with n_gpu_layers 0, it has %d",
+                           qcache_model_get_info(&ctx->model).n_gpu_layers);
     }
     return guarded([&] {
         ctx->capture = std::make_unique<qcache_capture_store>(what, ctx->model.hparams.n_layer);
@@ -614,11 +728,17 @@ enum qcache_status qcache_seq_get_v(const qcache_context_t * ctx, int32_t seq_id
     }
     const size_t row_bytes = qcache_kv_row_bytes(ctx->params.type_v, hp.head_dim);
     float        row[256]; // padding included
+    size_t       i_stage = 0;
+    while (ctx->stages[i_stage].end <= il) {
+        i_stage++;
+    }
+    const auto &         layout = ctx->cache.layout(i_stage);
+    std::vector<uint8_t> rows(row_bytes * ctx->params.n_block_tokens * hp.n_head_kv); // of a block
     for (const auto & part : ctx->cache.blocks().seq(seq_id)) {
-        const uint8_t * from = ctx->cache.view(part).data + ctx->cache.layout().v_offset[part.modality][il];
+        ctx->cache.read(part.id, i_stage, layout.v_offset[part.modality][il], rows.data(), rows.size());
         for (int32_t h = 0; h < hp.n_head_kv; h++) {
             for (int32_t t = 0; t < part.n; t++) {
-                qcache_kv_row(ctx->params.type_v, from + ((size_t) h * ctx->params.n_block_tokens + t) * row_bytes, row_bytes, row);
+                qcache_kv_row(ctx->params.type_v, rows.data() + ((size_t) h * ctx->params.n_block_tokens + t) * row_bytes, row_bytes, row);
                 memcpy(v + ((size_t) h * n_tokens + part.first + t) * hp.head_dim, row, hp.head_dim * sizeof(float));
             }
         }

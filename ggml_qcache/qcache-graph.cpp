@@ -30,41 +30,15 @@ size_t qcache_graph::n_nodes_max(const qcache_step & step) {
 }
 
 ggml_tensor * qcache_graph::embed() {
-    const int32_t n_token = step.n_text_token + step.n_visual_token;
-    const int32_t n_embd  = step.n_text_embd + step.n_visual_embd;
-
     inp_pos = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_rows);
     ggml_set_input(inp_pos);
     if (step.n_out > 0) {
         inp_out = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, step.n_out);
         ggml_set_input(inp_out);
     }
-    ggml_tensor * token = nullptr;
-    if (n_token > 0) {
-        inp_token = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_token);
-        ggml_set_input(inp_token);
-        token = ggml_get_rows(ctx, model.tok_embd, inp_token); // [n_embd, n_token]
-    }
-    if (n_embd > 0) {
-        inp_embd = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, model.hparams.n_embd, n_embd);
-        ggml_set_input(inp_embd);
-    }
-    // text tokens, text embeddings, visual tokens, visual embeddings: the order of the rows
-    const auto piece = [&](ggml_tensor * x, int32_t first, int32_t n) {
-        return x->ne[1] == n ? x : ggml_view_2d(ctx, x, x->ne[0], n, x->nb[1], first * x->nb[1]);
-    };
-    ggml_tensor * x      = nullptr;
-    const auto    append = [&](ggml_tensor * from, int32_t first, int32_t n) {
-        if (n > 0) {
-            ggml_tensor * part = piece(from, first, n);
-            x                  = x == nullptr ? part : ggml_concat(ctx, x, part, 1);
-        }
-    };
-    append(token, 0, step.n_text_token);
-    append(inp_embd, 0, step.n_text_embd);
-    append(token, step.n_text_token, step.n_visual_token);
-    append(inp_embd, step.n_text_embd, step.n_visual_embd);
-    return x;
+    inp_embd = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, model.hparams.n_embd, n_rows);
+    ggml_set_input(inp_embd);
+    return inp_embd;
 }
 
 ggml_tensor * qcache_graph::norm(ggml_tensor * x, ggml_tensor * weight) {
@@ -81,7 +55,7 @@ ggml_tensor * qcache_graph::rope(ggml_tensor * x, int32_t n_head) {
     const int64_t n   = x->ne[1];
     ggml_tensor * pos = n == n_rows ? inp_pos : ggml_view_1d(ctx, inp_pos, n, 0);
     x                 = ggml_reshape_3d(ctx, x, hp.head_dim, n_head, n);
-    return ggml_rope_ext(ctx, x, pos, model.rope_freqs, hp.n_rot, hp.rope_type, hp.n_ctx_train, hp.rope_freq_base,
+    return ggml_rope_ext(ctx, x, pos, step.rope_freqs, hp.n_rot, hp.rope_type, hp.n_ctx_train, hp.rope_freq_base,
                          hp.rope_freq_scale, 0.0f, 1.0f, 32.0f, 1.0f);
 }
 
@@ -97,7 +71,7 @@ int32_t qcache_graph::n_own(int32_t il) const {
     if (step.leader[il] == il) {
         return n_rows;
     }
-    return step.mode == QCACHE_LAZY_MODE_VISUAL ? step.n_text() : 0;
+    return step.mode == QCACHE_LAZY_MODE_VISUAL ? step.n_text : 0;
 }
 
 ggml_tensor * qcache_graph::first_rows(ggml_tensor * x, int32_t n) {

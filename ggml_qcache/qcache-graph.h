@@ -25,6 +25,7 @@ struct qcache_step {
     enum qcache_lazy_mode        mode;
     const float *                vis_bias; // δ [n_layer][n_head]; NULL: the model's
     int32_t                      layer_first, layer_end;
+    ggml_tensor *                rope_freqs; // on the device of these layers, or NULL
     const qcache_layout &        layout;
 
     qcache_attn_step           attn;      // rows, sequences, score cache
@@ -32,14 +33,13 @@ struct qcache_step {
     const qcache_attn_kernel * kernel;    // NULL: composed
     uint8_t *                  wdata;     // scratch of all threads
 
-    int32_t n_text_token, n_text_embd, n_visual_token, n_visual_embd; // rows, in this order
-    int32_t n_out;                                                    // rows whose logits are wanted
-    const int32_t * out_rows;                                         // [n_out] which
+    int32_t         n_text;   // rows, before the visual ones
+    int32_t         n_out;    // rows whose results are wanted
+    const int32_t * out_rows; // [n_out] which
 
     qcache_capture_store * capture; // NULL: nothing is captured
 
-    int32_t n_text() const { return n_text_token + n_text_embd; }
-    bool    has_logits() const { return layer_end == model.hparams.n_layer; }
+    bool has_logits() const { return layer_end == model.hparams.n_layer; }
 };
 
 class qcache_graph {
@@ -47,10 +47,9 @@ class qcache_graph {
     qcache_graph(const qcache_step & step, ggml_context * ctx, ggml_cgraph * gf);
 
     // inputs, to be filled once the graph is allocated; NULL where the step has none
-    ggml_tensor * inp_token = nullptr; // [n_text_token + n_visual_token] i32
-    ggml_tensor * inp_embd  = nullptr; // [n_embd, n_text_embd + n_visual_embd] f32
-    ggml_tensor * inp_pos   = nullptr; // [n_rows] i32
-    ggml_tensor * inp_out   = nullptr; // [n_out] i32
+    ggml_tensor * inp_embd = nullptr; // [n_embd, n_rows] f32
+    ggml_tensor * inp_pos  = nullptr; // [n_rows] i32
+    ggml_tensor * inp_out  = nullptr; // [n_out] i32
 
     void set_composed_inputs() const;
 

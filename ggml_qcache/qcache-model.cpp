@@ -1,13 +1,17 @@
 // qcache-model.cpp: reads the weights of a GGUF into backend buffers
 //
-// Matrices go to the CPU's extra buffer types (CPU_REPACK) where ggml can multiply them there, the rest to the plain
-// CPU buffer: without repacking, quantised prefill is several times slower.
+// Each weight goes to the device that computes its layer. On the CPU matrices go to its extra buffer types (CPU_REPACK)
+// where ggml can multiply them there, the rest to the plain CPU buffer: without repacking, quantised prefill is several
+// times slower. Token embeddings stay with the host, which looks them up.
 
 #include "qcache-model.h"
+
+#include "qcache-backend.h"
 
 #include <ggml-cpu.h>
 #include <ggml.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <cstdio>
@@ -29,7 +33,7 @@ struct file_closer {
 using file_ptr = std::unique_ptr<FILE, file_closer>;
 
 // how a weight is used decides where it can live
-enum class weight_use { lookup, elementwise, matmul };
+enum class weight_use { host, elementwise, matmul };
 
 struct loader {
     const char *                path;
@@ -38,8 +42,9 @@ struct loader {
     FILE *                      file = nullptr;
     qcache_model &              model;
     struct qcache_model_params  params;
-    ggml_backend_dev_t          device;
-    std::vector<ggml_backend_buffer_type_t> extra_bufts;
+    ggml_backend_dev_t          cpu;
+    std::vector<ggml_backend_buffer_type_t> extra_bufts; // of the CPU
+    const qcache_placement *    place = nullptr; // of the weights that are being planned
 
     struct job {
         ggml_tensor * tensor;
@@ -50,7 +55,7 @@ struct loader {
     std::vector<bool>                                         seen; // by gguf tensor id
     enum qcache_status                                        status = QCACHE_STATUS_SUCCESS;
 
-    bool supports_matmul(ggml_backend_buffer_type_t buft, const ggml_tensor * shape) const {
+    static bool supports_matmul(ggml_backend_dev_t device, ggml_backend_buffer_type_t buft, const ggml_tensor * shape) {
         ggml_context_ptr ctx{ ggml_init({ ggml_tensor_overhead() * 4, nullptr, true }) };
         ggml_tensor *    w = ggml_dup_tensor(ctx.get(), shape);
         ggml_tensor *    x = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, w->ne[0], 512);
@@ -62,20 +67,23 @@ struct loader {
     }
 
     ggml_backend_buffer_type_t buft_for(weight_use use, const ggml_tensor * shape) const {
-        if (use == weight_use::matmul && params.use_extra_bufts) {
+        if (use == weight_use::host) {
+            return ggml_backend_dev_buffer_type(cpu);
+        }
+        if (use == weight_use::matmul && params.use_extra_bufts && !place->is_gpu) {
             for (auto buft : extra_bufts) {
-                if (supports_matmul(buft, shape)) {
+                if (supports_matmul(cpu, buft, shape)) {
                     return buft;
                 }
             }
         }
-        return ggml_backend_dev_buffer_type(device);
+        return ggml_backend_dev_buffer_type(place->device);
     }
 
     ggml_context * ctx_for(ggml_backend_buffer_type_t buft) {
         auto it = ctx_of_buft.find(buft);
         if (it == ctx_of_buft.end()) {
-            const size_t n = (size_t) gguf_get_n_tensors(gguf) + 1; // output may double tok_embd
+            const size_t n = (size_t) gguf_get_n_tensors(gguf) + 1 + model.placements.size(); // output may double tok_embd
             model.ctxs.emplace_back(ggml_init({ ggml_tensor_overhead() * n, nullptr, true }));
             if (!model.ctxs.back()) {
                 throw std::bad_alloc();
@@ -104,18 +112,25 @@ struct loader {
                                  (long long) shape->ne[3], (long long) ne0, (long long) ne1);
             return nullptr;
         }
-        if (use == weight_use::elementwise && shape->type != GGML_TYPE_F32) {
+        const bool is_matrix = use == weight_use::matmul || shape == ggml_get_tensor(meta, "token_embd.weight");
+        if (!is_matrix && shape->type != GGML_TYPE_F32) {
             status = qcache_fail(QCACHE_STATUS_INVALID_MODEL, "%s: tensor %s is of type %s, expected f32", path, name.c_str(),
                                  ggml_type_name(shape->type));
             return nullptr;
         }
-        if (use != weight_use::elementwise && ggml_get_type_traits_cpu(shape->type)->vec_dot == nullptr) {
+        if (is_matrix && ggml_get_type_traits_cpu(shape->type)->vec_dot == nullptr) {
             // ggml aborts the process on these, integers and formats of activations, once they are computed with
             status = qcache_fail(QCACHE_STATUS_INVALID_MODEL, "%s: tensor %s is of type %s, which a matrix of weights cannot have", path,
                                  name.c_str(), ggml_type_name(shape->type));
             return nullptr;
         }
-        ggml_tensor * tensor = ggml_dup_tensor(ctx_for(buft_for(use, shape)), shape);
+        const ggml_backend_buffer_type_t buft = buft_for(use, shape);
+        if (use == weight_use::matmul && place->is_gpu && !supports_matmul(place->device, buft, shape)) {
+            status = qcache_fail(QCACHE_STATUS_UNSUPPORTED, "%s: tensor %s is of type %s, with which %s cannot multiply", path, name.c_str(),
+                                 ggml_type_name(shape->type), ggml_backend_dev_name(place->device));
+            return nullptr;
+        }
+        ggml_tensor * tensor = ggml_dup_tensor(ctx_for(buft), shape);
         ggml_set_name(tensor, name.c_str());
         seen[id] = true;
         jobs.push_back({ tensor, id });
@@ -131,19 +146,28 @@ struct loader {
         const int64_t n_q    = (int64_t) hp.n_head * hp.head_dim;
         const int64_t n_kv   = (int64_t) hp.n_head_kv * hp.head_dim;
 
-        model.tok_embd    = weight("token_embd.weight", weight_use::lookup, true, n_embd, hp.n_vocab);
+        place             = &model.placements.back();
+        model.tok_embd    = weight("token_embd.weight", weight_use::host, true, n_embd, hp.n_vocab);
         model.output_norm = weight("output_norm.weight", weight_use::elementwise, true, n_embd);
         model.output      = weight("output.weight", weight_use::matmul, false, n_embd, hp.n_vocab);
         model.output_bias = weight("output.bias", weight_use::elementwise, false, hp.n_vocab);
-        model.rope_freqs  = weight("rope_freqs.weight", weight_use::elementwise, false, hp.n_rot / 2);
         if (status == QCACHE_STATUS_SUCCESS && model.output == nullptr) {
             model.output = weight("token_embd.weight", weight_use::matmul, true, n_embd, hp.n_vocab);
             if (model.output != nullptr) {
                 model.n_params -= ggml_nelements(model.output);
             }
         }
+        for (auto & placement : model.placements) {
+            place                = &placement;
+            placement.rope_freqs = weight("rope_freqs.weight", weight_use::elementwise, false, hp.n_rot / 2);
+            if (placement.rope_freqs != nullptr && &placement != &model.placements.front()) {
+                model.n_params -= ggml_nelements(placement.rope_freqs); // counted once
+            }
+        }
         model.layers.resize(hp.n_layer);
+        place = &model.placements.front();
         for (int32_t il = 0; il < hp.n_layer; il++) {
+            place += il == place->end;
             auto &     layer    = model.layers[il];
             const bool needs_qk = hp.lazy_mode != QCACHE_LAZY_MODE_GLOBAL || hp.lazy_leader[il] == il;
 
@@ -156,7 +180,7 @@ struct loader {
             layer.bk        = weight(blk(il, "attn_k.bias"), weight_use::elementwise, false, n_kv);
             layer.bv        = weight(blk(il, "attn_v.bias"), weight_use::elementwise, false, n_kv);
             layer.bo        = weight(blk(il, "attn_output.bias"), weight_use::elementwise, false, n_embd);
-            layer.vis_bias  = weight(blk(il, "attn_vis_bias.weight"), weight_use::elementwise, false, hp.n_head);
+            layer.vis_bias  = weight(blk(il, "attn_vis_bias.weight"), weight_use::host, false, hp.n_head);
             layer.ffn_norm  = weight(blk(il, "ffn_norm.weight"), weight_use::elementwise, true, n_embd);
             layer.ffn_gate  = weight(blk(il, "ffn_gate.weight"), weight_use::matmul, true, n_embd, hp.n_ff);
             layer.ffn_up    = weight(blk(il, "ffn_up.weight"), weight_use::matmul, true, n_embd, hp.n_ff);
@@ -181,7 +205,10 @@ struct loader {
             ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
             const size_t size = ggml_backend_buffer_get_size(buffer.get());
             model.n_bytes += size;
-            if (buft != ggml_backend_dev_buffer_type(device)) {
+            const bool is_gpu = model.placements.back().is_gpu && buft == ggml_backend_dev_buffer_type(model.placements.back().device);
+            if (is_gpu) {
+                model.n_bytes_gpu += size;
+            } else if (buft != ggml_backend_dev_buffer_type(cpu)) {
                 model.n_bytes_extra += size;
             }
             model.buffers.push_back(std::move(buffer));
@@ -201,7 +228,7 @@ struct loader {
             const size_t offset = data_offset + gguf_get_tensor_offset(gguf, j.id);
             const size_t size   = ggml_nbytes(j.tensor);
             const bool   direct = j.tensor->buffer != nullptr &&
-                                  ggml_backend_buffer_get_type(j.tensor->buffer) == ggml_backend_dev_buffer_type(device);
+                                  ggml_backend_buffer_get_type(j.tensor->buffer) == ggml_backend_dev_buffer_type(cpu);
             if (!direct) {
                 staging.resize(size);
             }
@@ -232,6 +259,43 @@ enum qcache_status check_file_size(const char * path, FILE * file, const gguf_co
             return qcache_fail(QCACHE_STATUS_INVALID_MODEL, "%s is truncated: tensor %s ends at byte %zu, the file at %zu", path,
                                gguf_get_tensor_name(gguf, id), end, size);
         }
+    }
+    return QCACHE_STATUS_SUCCESS;
+}
+
+// Which device computes which layers: the last n_gpu_layers on the GPU, but no Lazy Block is torn, since its lazy layers
+// read the leader's K.
+enum qcache_status place_layers(const struct qcache_model_params & params, ggml_backend_dev_t cpu, qcache_model & model) {
+    const auto & hp = model.hparams;
+    if (params.n_gpu_layers == 0) {
+        model.placements = { { cpu, 0, hp.n_layer, false } };
+        return QCACHE_STATUS_SUCCESS;
+    }
+    const int n_devices = qcache_backend_count();
+    if (n_devices == 0) {
+        std::string found;
+        for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
+            found += std::string(i > 0 ? ", " : "") + ggml_backend_dev_name(ggml_backend_dev_get(i));
+        }
+        return qcache_fail(QCACHE_STATUS_UNSUPPORTED, "n_gpu_layers is %d, but of ggml's devices (%s) none is a GPU that this build has kernels for",
+                           params.n_gpu_layers, found.c_str());
+    }
+    if (params.main_gpu < 0 || params.main_gpu >= n_devices) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "main_gpu is %d, there are %d GPUs", params.main_gpu, n_devices);
+    }
+    const ggml_backend_dev_t gpu = qcache_backend_device(qcache_backend_get(params.main_gpu));
+    if (gpu == nullptr) {
+        return QCACHE_STATUS_UNSUPPORTED; // qcache_last_error() says why
+    }
+    int32_t first = params.n_gpu_layers < 0 ? 0 : std::max(0, hp.n_layer - params.n_gpu_layers);
+    while (first > 0 && first < hp.n_layer && hp.lazy_leader[first] != first) {
+        first++;
+    }
+    if (first > 0) {
+        model.placements.push_back({ cpu, 0, first, false });
+    }
+    if (first < hp.n_layer) {
+        model.placements.push_back({ gpu, first, hp.n_layer, true });
     }
     return QCACHE_STATUS_SUCCESS;
 }
@@ -270,17 +334,21 @@ enum qcache_status load(const char * path, struct qcache_model_params params, qc
     }
     model.hparams.n_vocab = (int32_t) embd->ne[1];
 
-    ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    if (device == nullptr) {
+    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    if (cpu == nullptr) {
         return qcache_fail(QCACHE_STATUS_INTERNAL, "ggml has no CPU device");
     }
-    loader l{ path, gguf.get(), meta, file.get(), model, params, device, {}, {}, {}, {} };
+    status = place_layers(params, cpu, model);
+    if (status != QCACHE_STATUS_SUCCESS) {
+        return status;
+    }
+    loader l{ path, gguf.get(), meta, file.get(), model, params, cpu, {}, nullptr, {}, {}, {} };
     l.seen.resize(gguf_get_n_tensors(gguf.get()));
 
     const auto get_extra_bufts = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
-        ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts");
+        ggml_backend_dev_backend_reg(cpu), "ggml_backend_dev_get_extra_bufts");
     if (get_extra_bufts != nullptr) {
-        for (ggml_backend_buffer_type_t * buft = get_extra_bufts(device); buft != nullptr && *buft != nullptr; buft++) {
+        for (ggml_backend_buffer_type_t * buft = get_extra_bufts(cpu); buft != nullptr && *buft != nullptr; buft++) {
             l.extra_bufts.push_back(*buft);
         }
     }
@@ -295,7 +363,7 @@ enum qcache_status load(const char * path, struct qcache_model_params params, qc
 } // namespace
 
 struct qcache_model_params qcache_model_default_params(void) {
-    return { true, nullptr, nullptr };
+    return { true, nullptr, nullptr, 0, 0 };
 }
 
 enum qcache_status qcache_model_init(const char * path, struct qcache_model_params params, qcache_model_t ** model) {
@@ -380,6 +448,13 @@ struct qcache_model_info qcache_model_get_info(const qcache_model_t * model) {
     info.n_params      = model->n_params;
     info.n_bytes       = model->n_bytes;
     info.n_bytes_extra = model->n_bytes_extra;
+    info.n_bytes_gpu   = model->n_bytes_gpu;
+    info.n_gpu_layers  = 0;
+    info.gpu           = nullptr;
+    if (const auto & last = model->placements.back(); last.is_gpu) {
+        info.n_gpu_layers = last.end - last.first;
+        info.gpu          = ggml_backend_dev_name(qcache_backend_wrapped(last.device));
+    }
     info.lazy_mode     = hp.lazy_mode;
     info.lazy_leader   = hp.lazy_leader.data();
     return info;

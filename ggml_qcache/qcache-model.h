@@ -53,27 +53,37 @@ struct qcache_layer {
     ggml_tensor * bk        = nullptr;
     ggml_tensor * bv        = nullptr;
     ggml_tensor * bo        = nullptr;
-    ggml_tensor * vis_bias  = nullptr; // δ [n_head] f32, or NULL
+    ggml_tensor * vis_bias  = nullptr; // δ [n_head] f32 in host memory, or NULL
     ggml_tensor * ffn_norm  = nullptr; // [n_embd]
     ggml_tensor * ffn_gate  = nullptr; // [n_embd, n_ff]
     ggml_tensor * ffn_up    = nullptr; // [n_embd, n_ff]
     ggml_tensor * ffn_down  = nullptr; // [n_ff, n_embd]
 };
 
+// consecutive layers whose weights lie on one device, which computes them
+struct qcache_placement {
+    ggml_backend_dev_t device;               // the CPU, or one of qcache_backend_device
+    int32_t            first, end;           // layers
+    bool               is_gpu;
+    ggml_tensor *      rope_freqs = nullptr; // [n_rot / 2] f32 frequency factors (Llama 3), or NULL
+};
+
 struct qcache_model {
     qcache_hparams hparams;
 
-    ggml_tensor * tok_embd    = nullptr; // [n_embd, n_vocab]
+    std::vector<qcache_placement> placements; // in order of their layers; output_norm and output are with the last
+
+    ggml_tensor * tok_embd    = nullptr; // [n_embd, n_vocab], in host memory
     ggml_tensor * output_norm = nullptr; // [n_embd]
     ggml_tensor * output      = nullptr; // [n_embd, n_vocab]; tok_embd's data where the file ties them
     ggml_tensor * output_bias = nullptr; // [n_vocab], or NULL
-    ggml_tensor * rope_freqs  = nullptr; // [n_rot / 2] f32 frequency factors (Llama 3), or NULL
 
     std::vector<qcache_layer> layers;
 
     size_t n_params      = 0;
     size_t n_bytes       = 0;
     size_t n_bytes_extra = 0;
+    size_t n_bytes_gpu   = 0;
 
     std::vector<ggml_context_ptr>        ctxs;
     std::vector<ggml_backend_buffer_ptr> buffers;

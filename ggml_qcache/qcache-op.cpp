@@ -91,7 +91,7 @@ static void write_row(int32_t type, const float * x, uint8_t * dst, int32_t head
 }
 
 // one task is one KV head of one row
-static void op_append_cpu(ggml_tensor * dst, int ith, int nth, void * userdata) {
+void qcache_op_append_cpu(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const qcache_append_params & p    = *(const qcache_append_params *) userdata;
     const qcache_attn_step &     step = *p.step;
 
@@ -143,7 +143,7 @@ ggml_tensor * qcache_op_append(ggml_context * ctx, ggml_tensor * k, ggml_tensor 
     }
     // the result carries nothing but the order of execution
     ggml_tensor * args[] = { v, k };
-    return ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 2, op_append_cpu, GGML_N_TASKS_MAX, (void *) params);
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 2, qcache_op_append_cpu, GGML_N_TASKS_MAX, (void *) params);
 }
 
 //

@@ -25,7 +25,7 @@ enum qcache_score_op : int8_t {
 };
 
 struct qcache_attn_block {
-    uint8_t * data;     // the block's allocation
+    uint8_t * data;     // the block's allocation, an address of the device that runs the kernel
     int32_t   first;    // position of its first token in the sequence
     int32_t   n;        // tokens in it that belong to the sequence, 1 .. n_block_tokens
     int8_t    modality; // enum qcache_modality
@@ -127,5 +127,6 @@ struct qcache_attn_node {
 ggml_tensor * qcache_op_attn(ggml_context * ctx, ggml_tensor * q_own, ggml_tensor * q_leader, ggml_tensor * after,
                              const qcache_attn_node * node);
 
-// the function in every lazy-attention node, by which another backend recognises it
+// the functions in our nodes, by which another backend recognises them
+void qcache_op_append_cpu(ggml_tensor * dst, int ith, int nth, void * userdata);
 void qcache_op_attn_cpu(ggml_tensor * dst, int ith, int nth, void * userdata);

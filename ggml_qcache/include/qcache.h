@@ -86,12 +86,16 @@ struct qcache_model_params {
     bool                     use_extra_bufts; // repack weights for this CPU where ggml offers it (CPU_REPACK); default true
     qcache_progress_callback progress;        // may be NULL
     void *                   progress_user_data;
+    int32_t                  n_gpu_layers; // last layers to compute on a GPU, < 0: all, default 0; fewer where that would tear
+                                           // a Lazy Block of the file
+    int32_t                  main_gpu;     // which of the GPUs we have kernels for, in ggml's order, default 0
 };
 
 QCACHE_API struct qcache_model_params qcache_model_default_params(void);
 
 // Reads a `llama` or `qwen2` GGUF. On success *model must be given to qcache_model_free.
-// FILE, INVALID_MODEL, UNSUPPORTED, OUT_OF_MEMORY, VERSION: *model is NULL.
+// FILE, INVALID_MODEL, UNSUPPORTED (the model, or no GPU with kernels of ours), INVALID_ARGUMENT (main_gpu),
+// OUT_OF_MEMORY, VERSION: *model is NULL.
 QCACHE_API enum qcache_status qcache_model_init(const char * path, struct qcache_model_params params, qcache_model_t ** model);
 
 // Contexts of the model must be freed first. NULL is fine.
@@ -109,6 +113,9 @@ struct qcache_model_info {
     size_t                n_params;      // weights, counted
     size_t                n_bytes;       // bytes of weights in memory
     size_t                n_bytes_extra; // of those, bytes in repacked buffers
+    size_t                n_bytes_gpu;   // of those, bytes on the GPU
+    int32_t               n_gpu_layers;  // layers computed on the GPU
+    const char *          gpu;           // its name in ggml, "CUDA0"; NULL: none
     enum qcache_lazy_mode lazy_mode;     // as in the file; OFF where the file has no lazy layers
     const int32_t *       lazy_leader;   // [n_layer]; lazy_leader[il] == il is a full layer; lives as long as the model
 };
@@ -196,7 +203,8 @@ QCACHE_API int32_t qcache_n_ctx(const qcache_context_t * ctx);
 // The lazy mode and leaders in force. `leader` (may be NULL) receives n_layer values.
 QCACHE_API enum qcache_lazy_mode qcache_get_lazy(const qcache_context_t * ctx, int32_t * leader);
 
-// "avx512", "avx2", "neon", "scalar" or "composed": what attention runs on in this context.
+// "avx512", "avx2", "neon", "scalar", "cuda" or "composed": what attention runs on in this context, in the order of the
+// layers where that is two, as "avx2, cuda".
 QCACHE_API const char * qcache_attn_name(const qcache_context_t * ctx);
 
 // Threads of later decodes, as in the parameters: 0: all cores.
@@ -268,7 +276,7 @@ enum qcache_capture {
 
 // From the next decode on, keeps `what` (enum qcache_capture, added up) of every layer for the rows that have logits,
 // until it is stopped or started with something else. What was captured before goes. Costs nothing while it is off.
-// INVALID_ARGUMENT (no or unknown bits), OUT_OF_MEMORY: capture is as before.
+// INVALID_ARGUMENT (no or unknown bits), UNSUPPORTED (layers on a GPU), OUT_OF_MEMORY: capture is as before.
 QCACHE_API enum qcache_status qcache_capture_start(qcache_context_t * ctx, int32_t what);
 
 // Ends the capture and frees what it holds.

@@ -1,0 +1,245 @@
+// attn-decode.h: lazy attention of few query rows: bound by the memory that K and V are read from
+//
+// A thread block has one row, up to G of the query heads that share a KV head, and a span of the row's KV blocks. Eight
+// elements of a K or V row go to a lane, so that a row goes to `width` neighbouring lanes, a slot; a slot takes TOKENS
+// tokens at a time and keeps an online softmax of its own, so no barrier stands in the loop. A lazy layer that has its
+// leader's logits (score cache) reads no K at all. Slots are merged at the end, spans by qg_attn_merge.
+//
+// grid: (n_head_kv * ceil(n_group / G), n_rows, n_splits)
+
+#pragma once
+
+#include "kv.h"
+
+#include <math.h>
+
+constexpr int QG_TOKENS = 4; // loads in flight for each lane
+
+// bytes of shared memory: the sums of all slots of one query head
+constexpr int QG_DECODE_SHARED = 5120;
+
+// Adds up n partial results { sum, maximum, weighted V } for element d. stride: floats from one to the next.
+template <class F> QG_DEVICE void qg_merge(int n, const F & partial, int d, float & sum, float & max, float & value) {
+    max = -INFINITY;
+    for (int i = 0; i < n; i++) {
+        max = qg_max(partial(i, 1), max);
+    }
+    sum   = 0.0f;
+    value = 0.0f;
+    for (int i = 0; i < n; i++) {
+        // a part without keys has sum 0; one of NaN only has maximum -inf and a sum that stays NaN
+        const float weight = partial(i, 1) == -INFINITY ? 0.0f : qg_exp(partial(i, 1) - max);
+        sum += weight * partial(i, 0);
+        value += weight * partial(i, 2 + d);
+    }
+}
+
+template <int G, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decode(T & t, const qg_attn_args & p) {
+    const int n_group  = p.n_head / p.n_head_kv;
+    const int n_chunks = (n_group + G - 1) / G;
+    const int kv_head  = t.block_x() / n_chunks;
+    const int head     = kv_head * n_group + t.block_x() % n_chunks * G;
+    const int n_heads  = qg_min(G, n_group - t.block_x() % n_chunks * G); // of G
+    const int ir       = t.block_y();
+
+    const qg_row     row      = ((const qg_row *) p.rows)[ir];
+    const qg_block * blocks   = (const qg_block *) p.blocks + row.first_block;
+    const int        per      = (row.n_blocks + p.n_splits - 1) / p.n_splits;
+    const int        ib_first = per * t.block_z();
+    const int        ib_end   = qg_min(row.n_blocks, ib_first + per);
+
+    int width = 1;
+    while (8 * width < p.head_dim) {
+        width *= 2;
+    }
+    const int  n_slots = QG_THREADS / width;
+    const int  slot    = t.thread() / width;
+    const int  chunk   = t.thread() % width;
+    const bool active  = 8 * chunk < p.head_dim;
+
+    float q[G][8], acc[G][8], max[G], sum[G];
+    QG_UNROLL
+    for (int g = 0; g < G; g++) {
+        max[g] = -INFINITY;
+        sum[g] = 0.0f;
+        QG_UNROLL
+        for (int i = 0; i < 8; i++) {
+            q[g][i] = acc[g][i] = 0.0f;
+        }
+    }
+    int loaded = -1; // which of own (0) and leader's (1) is in q
+
+    float * scores = p.score_op != 0 ? (float *) p.scores + ((uint64_t) ir * p.n_head + head) * p.n_score_keys : nullptr;
+
+    for (int ib = ib_first; ib < ib_end; ib++) {
+        const qg_block block = blocks[ib];
+        const int      n     = qg_min(block.n, row.pos - block.first + 1);
+        const int      leads = p.q_leads[row.modality][block.modality];
+        const bool     reads = p.score_op == 2 && leads;
+        const bool     bias  = p.vis_bias != 0 && row.modality == 0 && block.modality == 1;
+        const uint64_t first = (uint64_t) kv_head * p.n_block_tokens;
+
+        const uint8_t * k = (const uint8_t *) block.data + p.k_offset[row.modality][block.modality] + first * p.k_row_bytes;
+        const uint8_t * v = (const uint8_t *) block.data + p.v_offset[block.modality] + first * p.v_row_bytes;
+
+        if (!reads && loaded != leads) {
+            const float * from = leads ? (const float *) p.q_leader + ((uint64_t) ir * p.n_head + head) * p.head_dim
+                                       : (const float *) p.q_own + ((uint64_t) row.q_own * p.n_head + head) * p.head_dim;
+            QG_UNROLL
+            for (int g = 0; g < G; g++) {
+                QG_UNROLL
+                for (int i = 0; i < 8; i++) {
+                    q[g][i] = active && g < n_heads ? from[(uint64_t) g * p.head_dim + 8 * chunk + i] : 0.0f;
+                }
+            }
+            loaded = leads;
+        }
+        for (int base = 0; base < n; base += QG_TOKENS * n_slots) {
+            float s[QG_TOKENS][G], x[QG_TOKENS][8];
+            if (reads) {
+                QG_UNROLL
+                for (int u = 0; u < QG_TOKENS; u++) {
+                    const int token = base + u * n_slots + slot;
+                    QG_UNROLL
+                    for (int g = 0; g < G; g++) {
+                        s[u][g] = token < n && g < n_heads ? scores[(uint64_t) g * p.n_score_keys + block.first + token] : -INFINITY;
+                    }
+                }
+            } else {
+                QG_UNROLL
+                for (int u = 0; u < QG_TOKENS; u++) {
+                    const int token = base + u * n_slots + slot;
+                    if (token < n && active) {
+                        qg_load8<TYPE_K>(k + (uint64_t) token * p.k_row_bytes, chunk, x[u]);
+                    } else {
+                        QG_UNROLL
+                        for (int i = 0; i < 8; i++) {
+                            x[u][i] = 0.0f;
+                        }
+                    }
+                }
+                QG_UNROLL
+                for (int u = 0; u < QG_TOKENS; u++) {
+                    const int token = base + u * n_slots + slot;
+                    QG_UNROLL
+                    for (int g = 0; g < G; g++) {
+                        float dot = 0.0f;
+                        QG_UNROLL
+                        for (int i = 0; i < 8; i++) {
+                            dot += q[g][i] * x[u][i];
+                        }
+                        for (int step = width / 2; step > 0; step /= 2) {
+                            dot += t.shuffle_xor(dot, step);
+                        }
+                        s[u][g] = token < n ? qg_clamp(dot * p.scale) : -INFINITY;
+                        if (p.score_op == 1 && chunk == 0 && token < n && g < n_heads) {
+                            scores[(uint64_t) g * p.n_score_keys + block.first + token] = s[u][g];
+                        }
+                    }
+                }
+            }
+            if (base + slot >= n) {
+                continue; // nothing for this slot; no exchange between lanes follows in this turn
+            }
+            QG_UNROLL
+            for (int g = 0; g < G; g++) {
+                float highest = max[g];
+                QG_UNROLL
+                for (int u = 0; u < QG_TOKENS; u++) {
+                    if (bias && g < n_heads) {
+                        s[u][g] = s[u][g] == -INFINITY ? s[u][g] : qg_clamp(s[u][g] + ((const float *) p.vis_bias)[head + g]);
+                    }
+                    highest = qg_max(s[u][g], highest);
+                }
+                if (highest > max[g]) {
+                    const float scale = qg_exp(max[g] - highest);
+                    max[g] = highest;
+                    sum[g] *= scale;
+                    QG_UNROLL
+                    for (int i = 0; i < 8; i++) {
+                        acc[g][i] *= scale;
+                    }
+                }
+                QG_UNROLL
+                for (int u = 0; u < QG_TOKENS; u++) {
+                    s[u][g] = s[u][g] == -INFINITY ? 0.0f : qg_exp(s[u][g] - max[g]); // from here on the probability
+                    sum[g] += s[u][g];
+                }
+            }
+            QG_UNROLL
+            for (int u = 0; u < QG_TOKENS; u++) {
+                const int token = base + u * n_slots + slot;
+                if (token < n && active) {
+                    qg_load8<TYPE_V>(v + (uint64_t) token * p.v_row_bytes, chunk, x[u]);
+                } else {
+                    QG_UNROLL
+                    for (int i = 0; i < 8; i++) {
+                        x[u][i] = 0.0f; // what lies there is not V: 0 times NaN would be NaN
+                    }
+                }
+            }
+            QG_UNROLL
+            for (int u = 0; u < QG_TOKENS; u++) {
+                QG_UNROLL
+                for (int g = 0; g < G; g++) {
+                    QG_UNROLL
+                    for (int i = 0; i < 8; i++) {
+                        acc[g][i] += s[u][g] * x[u][i];
+                    }
+                }
+            }
+        }
+    }
+
+    float *   shared = (float *) t.shared(); // [n_slots][head_dim + 2]
+    const int stride = p.head_dim + 2;
+    for (int g = 0; g < n_heads; g++) {
+        t.sync();
+        float * to = shared + slot * stride;
+        QG_UNROLL
+        for (int h = 0; h < G; h++) {
+            if (h == g) { // an index known when compiled keeps the arrays in registers
+                if (chunk == 0) {
+                    to[0] = sum[h];
+                    to[1] = max[h];
+                }
+                QG_UNROLL
+                for (int i = 0; i < 8; i++) {
+                    if (active) {
+                        to[2 + 8 * chunk + i] = acc[h][i];
+                    }
+                }
+            }
+        }
+        t.sync();
+        const auto partial = [&](int i, int j) { return shared[i * stride + j]; };
+        for (int d = t.thread(); d < p.head_dim; d += QG_THREADS) {
+            float all_sum, all_max, value;
+            qg_merge(n_slots, partial, d, all_sum, all_max, value);
+            const uint64_t at = (uint64_t) ir * p.n_head + head + g;
+            if (p.n_splits == 1) {
+                ((float *) p.dst)[at * p.head_dim + d] = all_sum == 0.0f ? 0.0f : value / all_sum;
+            } else {
+                float * out = (float *) p.partial + (at * p.n_splits + t.block_z()) * stride;
+                if (d == 0) {
+                    out[0] = all_sum;
+                    out[1] = all_max;
+                }
+                out[2 + d] = value;
+            }
+        }
+    }
+}
+
+// grid: (n_head, n_rows, 1)
+template <class T> QG_DEVICE void qg_attn_merge(T & t, const qg_attn_args & p) {
+    const uint64_t at      = (uint64_t) t.block_y() * p.n_head + t.block_x();
+    const int      stride  = p.head_dim + 2;
+    const float *  from    = (const float *) p.partial + at * p.n_splits * stride;
+    const auto     partial = [&](int i, int j) { return from[i * stride + j]; };
+    for (int d = t.thread(); d < p.head_dim; d += QG_THREADS) {
+        float sum, max, value;
+        qg_merge(p.n_splits, partial, d, sum, max, value);
+        ((float *) p.dst)[at * p.head_dim + d] = sum == 0.0f ? 0.0f : value / sum;
+    }
+}

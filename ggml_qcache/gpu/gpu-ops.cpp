@@ -1,0 +1,182 @@
+// gpu-ops.cpp: from nodes to launches
+
+#include "gpu-ops.h"
+
+#include "../qcache-impl.h"
+#include "attn-decode.h"
+#include "attn-prefill.h"
+
+#include <ggml.h>
+
+#include <algorithm>
+#include <map>
+
+static int kv_type(int32_t type) {
+    return type == GGML_TYPE_F16 ? QG_F16 : type == GGML_TYPE_Q8_0 ? QG_Q8_0 : QG_Q4_0;
+}
+
+// padded head_dim of the prefill kernel; 0: there is none
+static int prefill_dim(int32_t head_dim) {
+    for (const int dim : { 32, 64, 80, 96, 128, 256 }) {
+        if (head_dim <= dim) {
+            return dim;
+        }
+    }
+    return 0;
+}
+
+std::unique_ptr<qcache_gpu_ops> qcache_gpu_ops::init(const qcache_gpu_i * api, ggml_backend * wrapped) {
+    std::unique_ptr<qcache_gpu_ops> ops(new qcache_gpu_ops());
+    ops->api = api;
+    ops->ctx = api->init(wrapped, &ops->n_processors);
+    return ops->ctx != nullptr ? std::move(ops) : nullptr;
+}
+
+qcache_gpu_ops::~qcache_gpu_ops() {
+    if (ctx != nullptr) {
+        api->free(ctx);
+    }
+}
+
+bool qcache_gpu_ops::supports(const qcache_attn_params & p) {
+    return qcache_kv_type_supported(p.type_k, p.head_dim) && qcache_kv_type_supported(p.type_v, p.head_dim) && p.n_head % p.n_head_kv == 0;
+}
+
+bool qcache_gpu_ops::begin(const qcache_attn_step & step, const std::vector<const qcache_attn_params *> & attn) {
+    std::vector<qg_block> block_table;
+    std::vector<int32_t>  first_of_seq;
+    n_rows       = step.n_rows;
+    n_blocks_max = 1;
+    for (int32_t is = 0; is < step.n_seqs; is++) {
+        first_of_seq.push_back((int32_t) block_table.size());
+        for (int32_t ib = 0; ib < step.seqs[is].n_blocks; ib++) {
+            const qcache_attn_block & b = step.seqs[is].blocks[ib];
+            block_table.push_back({ (uint64_t) (uintptr_t) b.data, b.first, b.n, b.modality, 0 });
+        }
+    }
+    std::vector<qg_row>                                 row_table;
+    std::map<std::pair<int32_t, int8_t>, std::vector<int32_t>> groups; // rows by sequence and modality
+    int32_t                                             n_text = 0;
+    for (int32_t ir = 0; ir < n_rows; ir++) {
+        const qcache_attn_row & r     = step.rows[ir];
+        const int32_t           first = first_of_seq[r.seq];
+        row_table.push_back({ first, r.block + 1, r.pos, r.q_own, r.modality, first + r.block, { ir, n_text } });
+        groups[{ r.seq, r.modality }].push_back(ir);
+        n_text += r.modality == QCACHE_MODALITY_TEXT;
+        n_blocks_max = std::max(n_blocks_max, r.block + 1);
+    }
+    std::vector<qg_tile> tile_table;
+    std::vector<int32_t> ordered;
+    for (auto & [key, of_group] : groups) {
+        std::sort(of_group.begin(), of_group.end(), [&](int32_t a, int32_t b) { return step.rows[a].pos < step.rows[b].pos; });
+        for (size_t i = 0; i < of_group.size(); i += QG_TILE_ROWS) {
+            const auto n = (int32_t) std::min<size_t>(QG_TILE_ROWS, of_group.size() - i);
+            tile_table.push_back({ (int32_t) ordered.size(), n, first_of_seq[key.first], step.rows[of_group[i + n - 1]].block + 1, key.second });
+            ordered.insert(ordered.end(), of_group.begin() + i, of_group.begin() + i + n);
+        }
+    }
+    n_tiles = (int32_t) tile_table.size();
+
+    table.clear();
+    const auto put = [&](const void * data, size_t size) {
+        const size_t at = table.size();
+        table.resize(at + (size + 15) / 16 * 16);
+        std::copy((const uint8_t *) data, (const uint8_t *) data + size, table.begin() + at);
+        return at;
+    };
+    blocks    = put(block_table.data(), block_table.size() * sizeof(qg_block));
+    rows      = put(row_table.data(), row_table.size() * sizeof(qg_row));
+    tiles     = put(tile_table.data(), tile_table.size() * sizeof(qg_tile));
+    tile_rows = put(ordered.data(), ordered.size() * sizeof(int32_t));
+    bias.clear();
+    for (const qcache_attn_params * p : attn) {
+        bias.push_back(p->vis_bias == nullptr ? 0 : put(p->vis_bias, p->n_head * sizeof(float)));
+    }
+    const auto base = (uint64_t) (uintptr_t) api->upload(ctx, table.data(), table.size());
+    if (base == 0) {
+        return false;
+    }
+    for (uint64_t * at : { &blocks, &rows, &tiles, &tile_rows }) {
+        *at += base;
+    }
+    for (uint64_t & at : bias) {
+        at += at == 0 ? 0 : base; // the table of blocks is at 0, never a bias
+    }
+    return true;
+}
+
+bool qcache_gpu_ops::append(const qcache_append_params & p, const float * k, const float * v) {
+    qg_append_args a = {};
+    a.blocks         = blocks;
+    a.rows           = rows;
+    a.k              = (uint64_t) (uintptr_t) k;
+    a.v              = (uint64_t) (uintptr_t) v;
+    a.head_dim       = p.head_dim;
+    a.n_head_kv      = p.n_head_kv;
+    a.n_block_tokens = p.n_block_tokens;
+    a.n_rows         = n_rows;
+    a.k_row_bytes    = (int32_t) qcache_kv_row_bytes(p.type_k, p.head_dim);
+    a.v_row_bytes    = (int32_t) qcache_kv_row_bytes(p.type_v, p.head_dim);
+    a.type_k         = kv_type(p.type_k);
+    a.type_v         = kv_type(p.type_v);
+    for (int m = 0; m < 2; m++) {
+        a.k_offset[m] = p.k_offset[m] == SIZE_MAX ? ~(uint64_t) 0 : p.k_offset[m];
+        a.v_offset[m] = p.v_offset[m];
+    }
+    // modes know two kinds of layers with K: all rows keep it, or text rows alone
+    a.k_kind = p.k_offset[QCACHE_MODALITY_VISUAL] == SIZE_MAX ? 1 : 0;
+    return api->launch(ctx, { QCACHE_GPU_APPEND, a.type_k, a.type_v, 0, { p.n_head_kv, n_rows, 1 }, 0 }, &a);
+}
+
+bool qcache_gpu_ops::attn(const qcache_attn_params & p, int index, const float * q_own, const float * q_leader, float * dst) {
+    qg_attn_args a   = {};
+    a.blocks         = blocks;
+    a.rows           = rows;
+    a.tiles          = tiles;
+    a.tile_rows      = tile_rows;
+    a.q_own          = (uint64_t) (uintptr_t) q_own;
+    a.q_leader       = (uint64_t) (uintptr_t) q_leader;
+    a.dst            = (uint64_t) (uintptr_t) dst;
+    a.scores         = (uint64_t) (uintptr_t) p.step->scores;
+    a.vis_bias       = bias[index];
+    a.head_dim       = p.head_dim;
+    a.n_head         = p.n_head;
+    a.n_head_kv      = p.n_head_kv;
+    a.n_block_tokens = p.n_block_tokens;
+    a.n_rows         = n_rows;
+    a.n_tiles        = n_tiles;
+    a.n_splits       = 1;
+    a.n_score_keys   = p.step->n_score_keys;
+    a.k_row_bytes    = (int32_t) qcache_kv_row_bytes(p.type_k, p.head_dim);
+    a.v_row_bytes    = (int32_t) qcache_kv_row_bytes(p.type_v, p.head_dim);
+    a.score_op       = p.score_op;
+    a.scale          = p.scale;
+    for (int row = 0; row < 2; row++) {
+        for (int key = 0; key < 2; key++) {
+            a.k_offset[row][key] = p.k_offset[row][key];
+            a.q_leads[row][key]  = p.q_source[row][key] == QCACHE_Q_LEADER;
+        }
+        a.v_offset[row] = p.v_offset[row];
+    }
+    const int type_k = kv_type(p.type_k), type_v = kv_type(p.type_v);
+
+    // a tile of few rows wastes most of its products
+    if (p.score_op == QCACHE_SCORE_NONE && n_rows >= 8 * n_tiles) {
+        const int dim = prefill_dim(p.head_dim);
+        return api->launch(ctx, { QCACHE_GPU_PREFILL, type_k, type_v, dim, { n_tiles, p.n_head, 1 }, qg_prefill_shared(dim) }, &a);
+    }
+    const int n_group = p.n_head / p.n_head_kv;
+    const int width   = n_group <= 2 ? n_group : n_group <= 4 ? 4 : 8;
+    const int n_cells = p.n_head_kv * ((n_group + width - 1) / width) * n_rows;
+    // enough thread blocks to fill the device a few times over, none without a KV block of its own
+    const int n_wanted = (4 * n_processors + n_cells - 1) / n_cells;
+    a.n_splits         = std::max(1, std::min(n_wanted, n_blocks_max));
+    if (a.n_splits > 1) {
+        a.partial = (uint64_t) (uintptr_t) api->workspace(ctx, (size_t) n_rows * p.n_head * a.n_splits * (p.head_dim + 2) * sizeof(float));
+        if (a.partial == 0) {
+            return false;
+        }
+    }
+    return api->launch(ctx, { QCACHE_GPU_DECODE, type_k, type_v, width, { n_cells / n_rows, n_rows, a.n_splits }, QG_DECODE_SHARED }, &a) &&
+           (a.n_splits == 1 || api->launch(ctx, { QCACHE_GPU_MERGE, type_k, type_v, 0, { p.n_head, n_rows, 1 }, 0 }, &a));
+}

@@ -1,0 +1,22 @@
+// runtimes.cpp: which of ggml's devices we have kernels for. Not among the library's shared objects: the tests link one of
+// their own, which takes the CPU for a GPU.
+
+#include "gpu-ops.h"
+
+#include <ggml-backend.h>
+
+#include <cstring>
+
+#if defined(QCACHE_CUDA)
+extern const qcache_gpu_i qcache_gpu_cuda;
+#endif
+
+const qcache_gpu_i * qcache_gpu_for(ggml_backend_device * device) {
+#if defined(QCACHE_CUDA)
+    if (strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(device)), "CUDA") == 0) {
+        return &qcache_gpu_cuda;
+    }
+#endif
+    (void) device;
+    return nullptr;
+}

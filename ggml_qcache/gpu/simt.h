@@ -1,0 +1,95 @@
+// simt.h: the few words that make a kernel body CUDA C++ or plain C++
+//
+// A body is a function template over `T`, the thread it runs as: T gives its place in the grid and in the thread block,
+// memory shared by the block, barriers, and exchanges inside a warp of 32. In CUDA that is the hardware's; the emulation
+// in tests/native/simt_emulation.h runs every thread of a block as a fiber.
+
+#pragma once
+
+#include "attn-args.h"
+
+#if defined(__CUDACC__)
+#    include <cuda_fp16.h>
+#    define QG_DEVICE __device__ __forceinline__
+#    define QG_UNROLL _Pragma("unroll")
+#else
+#    include <cmath>
+#    include <cstring>
+#    define QG_DEVICE inline
+#    define QG_UNROLL
+#endif
+
+struct alignas(16) qg_u4 {
+    uint32_t x, y, z, w;
+};
+
+#if defined(__CUDACC__)
+
+QG_DEVICE float    qg_from_half(uint16_t h) { return __half2float(__ushort_as_half(h)); }
+QG_DEVICE uint16_t qg_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
+QG_DEVICE float    qg_exp(float x) { return __expf(x); }
+QG_DEVICE float    qg_round(float x) { return roundf(x); }
+QG_DEVICE float    qg_mul_add(float x, float y, float z) { return __fadd_rn(__fmul_rn(x, y), z); } // rounded twice
+
+QG_DEVICE void qg_halves(uint32_t pair, float & a, float & b) {
+    const float2 f = __half22float2(*(const __half2 *) &pair);
+    a = f.x;
+    b = f.y;
+}
+
+#else
+
+QG_DEVICE float qg_from_half(uint16_t h) {
+    const uint32_t sign = (uint32_t) (h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
+    uint32_t       bits = sign;
+    if (exponent == 31) {
+        bits |= 0x7f800000 | fraction << 13;
+    } else if (exponent > 0) {
+        bits |= (exponent + 112) << 23 | fraction << 13;
+    } else {
+        const float small = (float) fraction * 0x1p-24f;
+        return sign ? -small : small;
+    }
+    float x;
+    memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+
+QG_DEVICE uint16_t qg_to_half(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    const uint16_t sign      = (uint16_t) (bits >> 16 & 0x8000);
+    const float    magnitude = std::fabs(x);
+    if (!(magnitude < 65520.0f)) {
+        return (uint16_t) (sign | (std::isnan(x) ? 0x7e00 : 0x7c00));
+    }
+    // in units of the last place at that magnitude; nearbyint rounds halves to even, as the hardware does
+    int exponent;
+    std::frexp(magnitude, &exponent);
+    exponent        = magnitude == 0.0f || exponent < -13 ? -13 : exponent;
+    const auto unit = (uint32_t) std::nearbyint(std::ldexp(magnitude, 11 - exponent));
+    return (uint16_t) (sign | (unit + (exponent == -13 && unit < 1024 ? 0 : (uint32_t) (exponent + 13) << 10)));
+}
+
+QG_DEVICE float qg_exp(float x) { return std::exp(x); }
+QG_DEVICE float qg_round(float x) { return std::round(x); }
+
+QG_DEVICE float qg_mul_add(float x, float y, float z) {
+    const volatile float product = x * y; // rounded twice, also where the compiler would fuse
+    return product + z;
+}
+
+QG_DEVICE void qg_halves(uint32_t pair, float & a, float & b) {
+    a = qg_from_half((uint16_t) pair);
+    b = qg_from_half((uint16_t) (pair >> 16));
+}
+
+#endif
+
+QG_DEVICE float qg_max(float a, float b) { return a > b ? a : b; }
+QG_DEVICE int   qg_min(int a, int b) { return a < b ? a : b; }
+
+// Finite, so that the softmax of any finite input is one; NaN stays NaN.
+QG_DEVICE float qg_clamp(float x) { return x > 3.402823466e+38f ? 3.402823466e+38f : x < -3.402823466e+38f ? -3.402823466e+38f : x; }
+
+QG_DEVICE uint32_t qg_pair(float a, float b) { return (uint32_t) qg_to_half(a) | (uint32_t) qg_to_half(b) << 16; }
