@@ -41,6 +41,9 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_prefi
     uint16_t * shared_k = shared_q + QG_TILE_ROWS * STRIDE; // [KEYS][STRIDE]
     uint16_t * shared_v = shared_k + KEYS * STRIDE;         // [DIM][V_STEP]
 
+    // what comes after may not be written yet
+    const int n_seen = rows[tile_rows[tile.n - 1]].pos + 1;
+
     int pos[2]; // of this lane's two rows; -1: there is none
     QG_UNROLL
     for (int r = 0; r < 2; r++) {
@@ -60,6 +63,7 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_prefi
     for (int ib = 0; ib < tile.n_blocks; ib++) {
         const qg_block  block = ((const qg_block *) p.blocks)[tile.first_block + ib];
         const int       leads = p.q_leads[tile.modality][block.modality];
+        const int       n     = qg_min(block.n, n_seen - block.first);
         const bool      bias  = p.vis_bias != 0 && tile.modality == 0 && block.modality == 1;
         const float     delta = bias ? ((const float *) p.vis_bias)[head] : 0.0f;
         const uint64_t  first = (uint64_t) kv_head * p.n_block_tokens;
@@ -82,12 +86,12 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_prefi
             }
             loaded = leads;
         }
-        for (int base = 0; base < block.n; base += KEYS) {
+        for (int base = 0; base < n; base += KEYS) {
             t.sync(); // all have read the last tiles of K and V
             for (int i = t.thread(); i < KEYS * DIM / 8; i += QG_THREADS) {
                 const int token = i / (DIM / 8), chunk = i % (DIM / 8);
                 float     x[8] = {};
-                if (base + token < block.n && 8 * chunk < p.head_dim) {
+                if (base + token < n && 8 * chunk < p.head_dim) {
                     qg_load8<TYPE_K>(k + (uint64_t) (base + token) * p.k_row_bytes, chunk, x);
                 }
                 *(qg_u4 *) (shared_k + token * STRIDE + 8 * chunk) = { qg_pair(x[0], x[1]), qg_pair(x[2], x[3]), qg_pair(x[4], x[5]),
@@ -96,7 +100,7 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_prefi
             for (int i = t.thread(); i < KEYS * DIM / 8; i += QG_THREADS) {
                 const int token = i % KEYS, chunk = i / KEYS;
                 float     x[8] = {};
-                if (base + token < block.n && 8 * chunk < p.head_dim) {
+                if (base + token < n && 8 * chunk < p.head_dim) {
                     qg_load8<TYPE_V>(v + (uint64_t) (base + token) * p.v_row_bytes, chunk, x);
                 }
                 QG_UNROLL
@@ -132,7 +136,7 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_prefi
                     for (int e = 0; e < 2; e++) {
                         const int token = base + 8 * j + lane % 4 * 2 + e;
                         float &   x     = s[j][2 * r + e];
-                        x = token < block.n && block.first + token <= pos[r] ? qg_clamp(qg_clamp(x) + delta) : -INFINITY;
+                        x = token < n && block.first + token <= pos[r] ? qg_clamp(qg_clamp(x) + delta) : -INFINITY;
                         highest = qg_max(x, highest);
                     }
                 }

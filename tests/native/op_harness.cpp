@@ -4,6 +4,7 @@
 // they have to write before they write it.
 
 #include "cpu/attn-kernels.h"
+#include "qcache-backend.h"
 #include "qcache-composed.h"
 #include "qcache-impl.h"
 #include "qcache-op.h"
@@ -205,6 +206,7 @@ HARNESS_API int32_t harness_run(harness * h, const harness_step * hs, const harn
                                 const char * kernel_name, int32_t n_threads, int32_t n_runs) {
     const std::string name     = kernel_name;
     const bool        composed = name == "composed";
+    const bool        gpu      = name == "gpu"; // emulated, through the backend that wraps ggml's CPU device
 
     std::vector<std::vector<qcache_attn_block>> seq_blocks(hs->n_seqs);
     for (int32_t i = 0; i < hs->n_blocks; i++) {
@@ -232,7 +234,7 @@ HARNESS_API int32_t harness_run(harness * h, const harness_step * hs, const harn
     step.scores           = hs->n_score_keys > 0 ? (float *) scores.data() : nullptr;
     step.n_score_keys     = hs->n_score_keys;
 
-    const qcache_attn_kernel * kernel = composed ? nullptr : find_kernel(name);
+    const qcache_attn_kernel * kernel = composed ? nullptr : find_kernel(gpu ? "scalar" : name);
     if (!composed && kernel == nullptr) {
         error = "no kernel " + name;
         return -1;
@@ -315,8 +317,11 @@ HARNESS_API int32_t harness_run(harness * h, const harness_step * hs, const harn
         out.push_back(result);
     }
 
-    ggml_backend_ptr backend{ ggml_backend_cpu_init() };
-    ggml_backend_cpu_set_n_threads(backend.get(), n_threads);
+    ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    ggml_backend_ptr   backend{ ggml_backend_dev_init(gpu ? qcache_backend_device(device) : device, nullptr) };
+    if (!gpu) {
+        ggml_backend_cpu_set_n_threads(backend.get(), n_threads);
+    }
     ggml_gallocr_ptr galloc{ ggml_gallocr_new(ggml_backend_cpu_buffer_type()) };
     if (!ggml_gallocr_alloc_graph(galloc.get(), graph)) {
         error = "the graph cannot be allocated";
@@ -333,7 +338,7 @@ HARNESS_API int32_t harness_run(harness * h, const harness_step * hs, const harn
             qcache_composed_set_inputs(shared.get());
         }
         if (ggml_backend_graph_compute(backend.get(), graph) != GGML_STATUS_SUCCESS) {
-            error = "the graph failed";
+            error = gpu ? std::string("the graph failed: ") + qcache_last_error() : "the graph failed";
             return -2;
         }
     }

@@ -1,0 +1,70 @@
+// kernels.h: every kernel there is, by the launch that asks for it
+
+#pragma once
+
+#include "append.h"
+#include "attn-decode.h"
+#include "attn-prefill.h"
+#include "gpu-ops.h"
+
+struct qg_append_kernel {
+    using args = qg_append_args;
+    template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_append(t, a); }
+};
+
+struct qg_merge_kernel {
+    using args = qg_attn_args;
+    template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_attn_merge(t, a); }
+};
+
+template <int G, int TYPE_K, int TYPE_V> struct qg_decode_kernel {
+    using args = qg_attn_args;
+    template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_attn_decode<G, TYPE_K, TYPE_V>(t, a); }
+};
+
+template <int DIM, int TYPE_K, int TYPE_V> struct qg_prefill_kernel {
+    using args = qg_attn_args;
+    template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_attn_prefill<DIM, TYPE_K, TYPE_V>(t, a); }
+};
+
+template <template <int, int, int> class KERNEL, int N, class F> bool qg_dispatch_types(const qcache_gpu_launch & l, const F & f) {
+    switch (l.type_k * 3 + l.type_v) {
+        case 0: return f(KERNEL<N, 0, 0>());
+        case 1: return f(KERNEL<N, 0, 1>());
+        case 2: return f(KERNEL<N, 0, 2>());
+        case 3: return f(KERNEL<N, 1, 0>());
+        case 4: return f(KERNEL<N, 1, 1>());
+        case 5: return f(KERNEL<N, 1, 2>());
+        case 6: return f(KERNEL<N, 2, 0>());
+        case 7: return f(KERNEL<N, 2, 1>());
+        case 8: return f(KERNEL<N, 2, 2>());
+        default: return false;
+    }
+}
+
+// f(kernel) for the kernel of the launch
+template <class F> bool qg_dispatch(const qcache_gpu_launch & l, const F & f) {
+    switch (l.kernel) {
+        case QCACHE_GPU_APPEND: return f(qg_append_kernel());
+        case QCACHE_GPU_MERGE: return f(qg_merge_kernel());
+        case QCACHE_GPU_DECODE:
+            switch (l.width) {
+                case 1: return qg_dispatch_types<qg_decode_kernel, 1>(l, f);
+                case 2: return qg_dispatch_types<qg_decode_kernel, 2>(l, f);
+                case 4: return qg_dispatch_types<qg_decode_kernel, 4>(l, f);
+                case 8: return qg_dispatch_types<qg_decode_kernel, 8>(l, f);
+                default: return false;
+            }
+        case QCACHE_GPU_PREFILL:
+            switch (l.width) {
+                case 32: return qg_dispatch_types<qg_prefill_kernel, 32>(l, f);
+                case 64: return qg_dispatch_types<qg_prefill_kernel, 64>(l, f);
+                case 80: return qg_dispatch_types<qg_prefill_kernel, 80>(l, f);
+                case 96: return qg_dispatch_types<qg_prefill_kernel, 96>(l, f);
+                case 128: return qg_dispatch_types<qg_prefill_kernel, 128>(l, f);
+                case 256: return qg_dispatch_types<qg_prefill_kernel, 256>(l, f);
+                default: return false;
+            }
+    }
+    return false;
+}

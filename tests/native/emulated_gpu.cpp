@@ -1,0 +1,86 @@
+// emulated_gpu.cpp: a runtime (qcache_gpu_i) that takes ggml's CPU device for a GPU and emulates our kernels on it, so that
+// kernels, tables, launches and the wrapping backend are tested where there is no GPU
+
+#include "gpu/gpu-ops.h"
+#include "gpu/kernels.h"
+#include "qcache-impl.h"
+#include "simt_emulation.h"
+
+#include <ggml-backend.h>
+
+namespace {
+
+struct emulated {
+    std::vector<uint8_t> table, work;
+    bool                 entered = false; // between enter and leave
+};
+
+void * init(ggml_backend *, int * n_processors) {
+    *n_processors = 4; // enough for spans of KV blocks to be split
+    return new emulated();
+}
+
+void free_(void * ctx) {
+    delete (emulated *) ctx;
+}
+
+bool enter(void * ctx) {
+    auto & e = *(emulated *) ctx;
+    if (e.entered) {
+        qcache_fail(QCACHE_STATUS_INTERNAL, "entered twice");
+        return false;
+    }
+    return e.entered = true;
+}
+
+bool leave(void * ctx) {
+    auto & e = *(emulated *) ctx;
+    if (!e.entered) {
+        qcache_fail(QCACHE_STATUS_INTERNAL, "left without having entered");
+        return false;
+    }
+    e.entered = false;
+    return true;
+}
+
+void * upload(void * ctx, const void * data, size_t size) {
+    auto & table = ((emulated *) ctx)->table;
+    table.assign((const uint8_t *) data, (const uint8_t *) data + size);
+    return table.data();
+}
+
+void * workspace(void * ctx, size_t size) {
+    auto & work = ((emulated *) ctx)->work;
+    work.assign(size, 0xff); // NaN
+    return work.data();
+}
+
+bool launch(void * ctx, const qcache_gpu_launch & l, const void * args) {
+    if (!((emulated *) ctx)->entered) {
+        qcache_fail(QCACHE_STATUS_INTERNAL, "launched outside enter and leave");
+        return false;
+    }
+    try {
+        return qg_dispatch(l, [&](auto kernel) {
+            using K          = decltype(kernel);
+            const auto given = *(const typename K::args *) args;
+            simt::launch(l.grid, l.shared_bytes, [&](simt::thread_view & t) { K::run(t, given); });
+            return true;
+        });
+    } catch (const std::exception & e) {
+        qcache_fail(QCACHE_STATUS_INTERNAL, "emulated kernel %d: %s", (int) l.kernel, e.what());
+        return false;
+    }
+}
+
+bool synchronize(void *) {
+    return true;
+}
+
+const qcache_gpu_i runtime = { "emulated", init, free_, enter, leave, upload, workspace, launch, synchronize };
+
+} // namespace
+
+const qcache_gpu_i * qcache_gpu_for(ggml_backend_device * device) {
+    return ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU ? &runtime : nullptr;
+}
