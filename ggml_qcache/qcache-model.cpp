@@ -135,6 +135,7 @@ struct loader {
         seen[id] = true;
         jobs.push_back({ tensor, id });
         model.n_params += ggml_nelements(tensor);
+        model.n_bytes_gpu += place->is_gpu && use != weight_use::host ? ggml_nbytes(tensor) : 0;
         return tensor;
     }
 
@@ -205,10 +206,7 @@ struct loader {
             ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
             const size_t size = ggml_backend_buffer_get_size(buffer.get());
             model.n_bytes += size;
-            const bool is_gpu = model.placements.back().is_gpu && buft == ggml_backend_dev_buffer_type(model.placements.back().device);
-            if (is_gpu) {
-                model.n_bytes_gpu += size;
-            } else if (buft != ggml_backend_dev_buffer_type(cpu)) {
+            if (std::find(extra_bufts.begin(), extra_bufts.end(), buft) != extra_bufts.end()) {
                 model.n_bytes_extra += size;
             }
             model.buffers.push_back(std::move(buffer));

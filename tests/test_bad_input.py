@@ -63,7 +63,7 @@ def refuses(error: type[Exception], reason: str, file: object = "visual", **argu
         ({"n_ubatch": -1}, "n_ubatch=-1"),
         ({"n_ctx": 2**40}, f"n_ctx={2**40}"),
         ({"kv_bytes_max": -1}, "kv_bytes_max=-1"),
-        ({"n_gpu_layers": -1}, "n_gpu_layers=-1"),
+        ({"split_mode": 2}, "split_mode=2"),
         ({"embedding": True}, "embedding=True"),
         ({"lora_path": "adapter.gguf"}, "lora_path='adapter.gguf'"),
         ({"rope_freq_base": 5e5}, "rope_freq_base"),

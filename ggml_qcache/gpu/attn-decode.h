@@ -13,7 +13,8 @@
 
 #include <math.h>
 
-constexpr int QG_TOKENS = 4; // loads in flight for each lane
+// tokens that a slot takes at a time: loads in flight; with many heads registers are short
+constexpr int qg_decode_tokens(int n_heads) { return n_heads > 4 ? 2 : 4; }
 
 // bytes of shared memory: the sums of all slots of one query head
 constexpr int QG_DECODE_SHARED = 5120;
@@ -35,6 +36,8 @@ template <class F> QG_DEVICE void qg_merge(int n, const F & partial, int d, floa
 }
 
 template <int G, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decode(T & t, const qg_attn_args & p) {
+    constexpr int TOKENS = qg_decode_tokens(G);
+
     const int n_group  = p.n_head / p.n_head_kv;
     const int n_chunks = (n_group + G - 1) / G;
     const int kv_head  = t.block_x() / n_chunks;
@@ -94,11 +97,11 @@ template <int G, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decode(
             }
             loaded = leads;
         }
-        for (int base = 0; base < n; base += QG_TOKENS * n_slots) {
-            float s[QG_TOKENS][G], x[QG_TOKENS][8];
+        for (int base = 0; base < n; base += TOKENS * n_slots) {
+            float s[TOKENS][G], x[TOKENS][8];
             if (reads) {
                 QG_UNROLL
-                for (int u = 0; u < QG_TOKENS; u++) {
+                for (int u = 0; u < TOKENS; u++) {
                     const int token = base + u * n_slots + slot;
                     QG_UNROLL
                     for (int g = 0; g < G; g++) {
@@ -107,7 +110,7 @@ template <int G, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decode(
                 }
             } else {
                 QG_UNROLL
-                for (int u = 0; u < QG_TOKENS; u++) {
+                for (int u = 0; u < TOKENS; u++) {
                     const int token = base + u * n_slots + slot;
                     if (token < n && active) {
                         qg_load8<TYPE_K>(k + (uint64_t) token * p.k_row_bytes, chunk, x[u]);
@@ -119,7 +122,7 @@ template <int G, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decode(
                     }
                 }
                 QG_UNROLL
-                for (int u = 0; u < QG_TOKENS; u++) {
+                for (int u = 0; u < TOKENS; u++) {
                     const int token = base + u * n_slots + slot;
                     QG_UNROLL
                     for (int g = 0; g < G; g++) {
@@ -145,7 +148,7 @@ template <int G, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decode(
             for (int g = 0; g < G; g++) {
                 float highest = max[g];
                 QG_UNROLL
-                for (int u = 0; u < QG_TOKENS; u++) {
+                for (int u = 0; u < TOKENS; u++) {
                     if (bias && g < n_heads) {
                         s[u][g] = s[u][g] == -INFINITY ? s[u][g] : qg_clamp(s[u][g] + ((const float *) p.vis_bias)[head + g]);
                     }
@@ -161,13 +164,13 @@ template <int G, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decode(
                     }
                 }
                 QG_UNROLL
-                for (int u = 0; u < QG_TOKENS; u++) {
+                for (int u = 0; u < TOKENS; u++) {
                     s[u][g] = s[u][g] == -INFINITY ? 0.0f : qg_exp(s[u][g] - max[g]); // from here on the probability
                     sum[g] += s[u][g];
                 }
             }
             QG_UNROLL
-            for (int u = 0; u < QG_TOKENS; u++) {
+            for (int u = 0; u < TOKENS; u++) {
                 const int token = base + u * n_slots + slot;
                 if (token < n && active) {
                     qg_load8<TYPE_V>(v + (uint64_t) token * p.v_row_bytes, chunk, x[u]);
@@ -179,7 +182,7 @@ template <int G, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decode(
                 }
             }
             QG_UNROLL
-            for (int u = 0; u < QG_TOKENS; u++) {
+            for (int u = 0; u < TOKENS; u++) {
                 QG_UNROLL
                 for (int g = 0; g < G; g++) {
                     QG_UNROLL

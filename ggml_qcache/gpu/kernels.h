@@ -42,29 +42,25 @@ template <template <int, int, int> class KERNEL, int N, class F> bool qg_dispatc
     }
 }
 
-// f(kernel) for the kernel of the launch
-template <class F> bool qg_dispatch(const qcache_gpu_launch & l, const F & f) {
-    switch (l.kernel) {
-        case QCACHE_GPU_APPEND: return f(qg_append_kernel());
-        case QCACHE_GPU_MERGE: return f(qg_merge_kernel());
-        case QCACHE_GPU_DECODE:
-            switch (l.width) {
-                case 1: return qg_dispatch_types<qg_decode_kernel, 1>(l, f);
-                case 2: return qg_dispatch_types<qg_decode_kernel, 2>(l, f);
-                case 4: return qg_dispatch_types<qg_decode_kernel, 4>(l, f);
-                case 8: return qg_dispatch_types<qg_decode_kernel, 8>(l, f);
-                default: return false;
-            }
-        case QCACHE_GPU_PREFILL:
-            switch (l.width) {
-                case 32: return qg_dispatch_types<qg_prefill_kernel, 32>(l, f);
-                case 64: return qg_dispatch_types<qg_prefill_kernel, 64>(l, f);
-                case 80: return qg_dispatch_types<qg_prefill_kernel, 80>(l, f);
-                case 96: return qg_dispatch_types<qg_prefill_kernel, 96>(l, f);
-                case 128: return qg_dispatch_types<qg_prefill_kernel, 128>(l, f);
-                case 256: return qg_dispatch_types<qg_prefill_kernel, 256>(l, f);
-                default: return false;
-            }
+// f(kernel) for the kernel of the launch; false: there is none
+template <class F> bool qg_dispatch_decode(const qcache_gpu_launch & l, const F & f) {
+    switch (l.width) {
+        case 1: return qg_dispatch_types<qg_decode_kernel, 1>(l, f);
+        case 2: return qg_dispatch_types<qg_decode_kernel, 2>(l, f);
+        case 4: return qg_dispatch_types<qg_decode_kernel, 4>(l, f);
+        case 8: return qg_dispatch_types<qg_decode_kernel, 8>(l, f);
+        default: return false;
     }
-    return false;
+}
+
+template <class F> bool qg_dispatch_prefill(const qcache_gpu_launch & l, const F & f) {
+    switch (l.width) {
+        case 32: return qg_dispatch_types<qg_prefill_kernel, 32>(l, f);
+        case 64: return qg_dispatch_types<qg_prefill_kernel, 64>(l, f);
+        case 80: return qg_dispatch_types<qg_prefill_kernel, 80>(l, f);
+        case 96: return qg_dispatch_types<qg_prefill_kernel, 96>(l, f);
+        case 128: return qg_dispatch_types<qg_prefill_kernel, 128>(l, f);
+        case 256: return qg_dispatch_types<qg_prefill_kernel, 256>(l, f);
+        default: return false;
+    }
 }

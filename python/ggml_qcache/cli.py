@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, test):
         command.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
         command.add_argument("--n-ctx", type=int, default=4096, metavar="N", help="longest prompt and answer (default: 4096)")
+        command.add_argument("--gpu-layers", type=int, default=0, metavar="N", help="last layers to compute on a GPU, -1: all (default: 0)")
         command.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
         command.add_argument("--lazy-layers", default="auto", metavar="SPEC", help="auto, none, or e.g. 5-7,9-15 (default: auto)")
         command.add_argument("--lazy-mode", choices=("visual", "global"), help="which tokens share (default: as the file says)")
@@ -115,6 +116,7 @@ def _run(args: argparse.Namespace) -> None:
         mmproj_path=args.mmproj,
         lazy_layers=args.lazy_layers,
         lazy_mode=args.lazy_mode,
+        n_gpu_layers=args.gpu_layers,
         n_ctx=args.n_ctx,
         n_threads=args.threads,
         n_threads_batch=args.threads,
@@ -173,7 +175,8 @@ def _eval(args: argparse.Namespace) -> None:
         if args.limit < 1:
             raise ValueError(f"--limit {args.limit} leaves no questions")
         items = items[: args.limit]
-    kept = {"mmproj_path": args.mmproj, "n_ctx": args.n_ctx, "n_threads": args.threads, "n_threads_batch": args.threads, "verbose": False}
+    threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
+    kept = {"mmproj_path": args.mmproj, "n_ctx": args.n_ctx, "n_gpu_layers": args.gpu_layers, "verbose": False, **threads}
     with contextlib.ExitStack() as stack:
         models = []
         if args.against is not None:

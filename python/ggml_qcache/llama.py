@@ -48,6 +48,8 @@ class Llama(base.Llama):
         mmproj_path: Optional[str] = None,
         lazy_layers: Union[str, Sequence[int], None] = "auto",
         lazy_mode: Optional[str] = None,
+        n_gpu_layers: int = 0,
+        main_gpu: int = 0,
         n_ctx: int = 512,
         n_batch: int = 512,
         n_ubatch: int = 512,
@@ -81,6 +83,9 @@ class Llama(base.Llama):
                 as ``"5-7,9-15"`` or a list; the leader of a lazy layer is the nearest full layer before it.
             lazy_mode: ``"visual"``: visual tokens share query and key with the leader. ``"global"``: every token does.
                 None: the file's mode, or ``"visual"`` where it has none.
+            n_gpu_layers: Last layers to compute on a GPU, with the output matrix; -1: all. Fewer where that would tear a
+                Lazy Block of the file: ``device_report()`` tells. Above 0 images are encoded on the first GPU.
+            main_gpu: Which of the GPUs that there are kernels for, in ggml's order.
             n_ctx: Most tokens of prompt and answer, 0: as the model was trained.
             n_batch: Most prompt tokens evaluated by one call of the native library.
             n_ubatch: Most prompt tokens computed at once.
@@ -127,6 +132,8 @@ class Llama(base.Llama):
             self._load_weights(
                 lazy_layers,
                 lazy_mode,
+                n_gpu_layers,
+                main_gpu,
                 n_ctx=n_ctx,
                 n_ubatch=min(n_batch, n_ubatch),
                 n_threads=n_threads or 0,
@@ -157,6 +164,7 @@ class Llama(base.Llama):
                     model_path=self.model_path,
                     n_embd=self._native_model.info.n_embd,
                     n_threads=self.n_threads_batch,
+                    use_gpu=n_gpu_layers != 0,
                     verbose=verbose,
                 )
                 self._stack.callback(self._vision.close)
@@ -169,9 +177,11 @@ class Llama(base.Llama):
         if verbose:
             print(f"{self.model_path}: {self.device_report()}", file=sys.stderr)
 
-    def _load_weights(self, lazy_layers: Any, lazy_mode: Optional[str], **context_arguments: Any) -> None:
+    def _load_weights(
+        self, lazy_layers: Any, lazy_mode: Optional[str], n_gpu_layers: int, main_gpu: int, **context_arguments: Any
+    ) -> None:
         """Loads the model and makes its context."""
-        self._native_model = native.Model(self.model_path)
+        self._native_model = native.Model(self.model_path, n_gpu_layers=n_gpu_layers, main_gpu=main_gpu)
         self._stack.callback(self._native_model.close)
         mode, leaders = resolve_lazy(lazy_layers, lazy_mode, self._native_model.info)
         self._context = native.Context(self._native_model, lazy_mode=mode, lazy_leader=leaders, **context_arguments)
@@ -294,12 +304,20 @@ class Llama(base.Llama):
     def device_report(self) -> dict[str, Any]:
         """Where weights, KV cache and attention are, and what attention runs on; sizes in bytes."""
         info = self._native_model.info
+        n_cpu_layers = info.n_layer - info.n_gpu_layers
+        parts = [f"CPU (layers 0-{n_cpu_layers - 1})"] if 0 < n_cpu_layers < info.n_layer else ["CPU"] if n_cpu_layers else []
+        if info.gpu is not None:
+            parts.append(f"{info.gpu} (layers {n_cpu_layers}-{info.n_layer - 1})" if n_cpu_layers else info.gpu)
+        where = ", ".join(parts)
         return {
-            "weights": "CPU",
-            "kv": "CPU",
-            "attention": f"CPU ({self._context.attn_name})",
+            "weights": where,
+            "kv": where,
+            "attention": f"{where}: {self._context.attn_name}",
+            "gpu_layers": info.n_gpu_layers,
             "weight_bytes": info.n_bytes,
             "weight_bytes_repacked": info.n_bytes_extra,
+            "weight_bytes_gpu": info.n_bytes_gpu,
+            "vision": None if self._vision is None else "GPU where llama.cpp has one" if self._vision.use_gpu else "CPU",
         }
 
     def close(self) -> None:

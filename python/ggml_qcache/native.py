@@ -141,6 +141,9 @@ class ModelInfo(NamedTuple):
     n_params: int
     n_bytes: int
     n_bytes_extra: int
+    n_bytes_gpu: int
+    n_gpu_layers: int
+    gpu: str | None
     lazy_mode: str
     lazy_leader: tuple[int, ...]
 
@@ -148,19 +151,25 @@ class ModelInfo(NamedTuple):
 class Model:
     """The weights of a GGUF file, read-only and shareable between contexts."""
 
-    def __init__(self, path: str | os.PathLike[str], *, use_extra_bufts: bool = True) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, use_extra_bufts: bool = True, n_gpu_layers: int = 0, main_gpu: int = 0
+    ) -> None:
         """Loads a model.
 
         Args:
             path: GGUF file.
             use_extra_bufts: Repack weights for this CPU where ggml offers it.
+            n_gpu_layers: Last layers to compute on a GPU, -1: all; fewer where that would tear a Lazy Block.
+            main_gpu: Which of the GPUs that there are kernels for.
 
         Raises:
-            FileError, ModelError, UnsupportedError, OutOfMemoryError: As ``qcache_model_init``.
+            FileError, ModelError, UnsupportedError, InvalidArgumentError, OutOfMemoryError: As ``qcache_model_init``.
         """
         self.path = os.fspath(path)
         params = lib.qcache_model_default_params()
         params.use_extra_bufts = use_extra_bufts
+        params.n_gpu_layers = n_gpu_layers
+        params.main_gpu = main_gpu
         out = ffi.new("qcache_model_t **")
         check(lib.qcache_model_init(os.fsencode(self.path), params, out))
         self._handle = out[0]
@@ -179,6 +188,9 @@ class Model:
             n_params=info.n_params,
             n_bytes=info.n_bytes,
             n_bytes_extra=info.n_bytes_extra,
+            n_bytes_gpu=info.n_bytes_gpu,
+            n_gpu_layers=info.n_gpu_layers,
+            gpu=ffi.string(info.gpu).decode() if info.gpu else None,
             lazy_mode=_LAZY_MODE_NAMES[info.lazy_mode],
             lazy_leader=tuple(ffi.unpack(info.lazy_leader, info.n_layer)),
         )

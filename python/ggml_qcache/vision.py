@@ -79,7 +79,9 @@ Chunk = Union["list[int]", ImageChunk]
 class Vision:
     """An mmproj file, ready to encode images for a text model."""
 
-    def __init__(self, path: str, vocab_model: Any, *, model_path: str, n_embd: int, n_threads: int, verbose: bool) -> None:
+    def __init__(
+        self, path: str, vocab_model: Any, *, model_path: str, n_embd: int, n_threads: int, use_gpu: bool, verbose: bool
+    ) -> None:
         """Loads an mmproj file.
 
         Args:
@@ -88,6 +90,7 @@ class Vision:
             model_path: File of the text model, for error texts.
             n_embd: Width of the text model. mtmd can't compare it: a vocabulary-only model has none.
             n_threads: Threads to encode with.
+            use_gpu: Encode on the first GPU that llama.cpp has.
             verbose: Let mtmd log to stderr.
 
         Raises:
@@ -109,6 +112,7 @@ class Vision:
         params = mtmd_cpp.mtmd_context_params_default()
         params.print_timings = verbose
         params.n_threads = n_threads
+        self.use_gpu = params.use_gpu = use_gpu
         params.warmup = False
         self._correction = MtmdCorrection()
         params.cb_eval = ctypes.cast(self._correction.callback, type(params.cb_eval))

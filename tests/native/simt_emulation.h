@@ -11,6 +11,7 @@
 #include <csetjmp>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <ucontext.h>
 #include <vector>
@@ -48,11 +49,7 @@ class thread_view {
 
 class block {
   public:
-    explicit block(int shared_bytes) : shared_memory(shared_bytes), stacks(N_THREADS) {
-        for (auto & stack : stacks) {
-            stack.resize(STACK_BYTES);
-        }
-    }
+    explicit block(int shared_bytes) : shared_memory(shared_bytes), stacks(all_stacks()) {}
 
     int index[3] = { 0, 0, 0 };
 
@@ -87,6 +84,12 @@ class block {
     friend class thread_view;
 
     static constexpr size_t STACK_BYTES = 128 << 10;
+
+    // kept between launches: fresh memory costs a page fault for every 4 KB
+    static char * all_stacks() {
+        static thread_local const std::unique_ptr<char[]> memory(new char[N_THREADS * STACK_BYTES]);
+        return memory.get();
+    }
 
     enum thread_state { READY, AT_BARRIER, IN_EXCHANGE, DONE };
 
@@ -131,8 +134,8 @@ class block {
         }
         started[i] = true;
         getcontext(&context);
-        context.uc_stack.ss_sp   = stacks[i].data();
-        context.uc_stack.ss_size = stacks[i].size();
+        context.uc_stack.ss_sp   = stacks + i * STACK_BYTES;
+        context.uc_stack.ss_size = STACK_BYTES;
         context.uc_link          = nullptr;
         makecontext(&context, (void (*)()) start, 2, (unsigned) ((uintptr_t) this >> 32), (unsigned) (uintptr_t) this);
         setcontext(&context);
@@ -163,7 +166,7 @@ class block {
     }
 
     std::vector<uint8_t>           shared_memory;
-    std::vector<std::vector<char>> stacks;
+    char *                         stacks;
     thread_state                   state[N_THREADS];
     bool                           started[N_THREADS];
     uint64_t                       exchanges[N_THREADS];

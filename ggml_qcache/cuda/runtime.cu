@@ -1,0 +1,162 @@
+// runtime.cu: our operations on a CUDA device (qcache_gpu_i)
+//
+// ggml's CUDA backend keeps its stream to itself, so ours is a second one. Two events order them: one of ggml's, recorded
+// on its stream, that ours waits for, and one of ggml's that we record on ours and its stream waits for. Where ggml was
+// built without events (GGML_CUDA_NO_PEER_COPY) the host waits instead.
+
+#include "../qcache-ggml-abi.h"
+#include "../qcache-impl.h"
+#include "launch.cuh"
+
+#include <ggml-backend.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+namespace {
+
+struct cuda_context {
+    ggml_backend_t       wrapped;
+    int                  device   = 0;
+    cudaStream_t         stream   = nullptr;
+    ggml_backend_event_t theirs   = nullptr; // recorded on ggml's stream
+    ggml_backend_event_t ours     = nullptr; // recorded on ours
+    cudaEvent_t          uploaded = nullptr; // the last upload has left the staging memory
+    void *               staging = nullptr, * table = nullptr, * work = nullptr;
+    size_t               n_table = 0, n_work = 0;
+};
+
+bool check(cudaError_t error, const char * what) {
+    if (error == cudaSuccess) {
+        return true;
+    }
+    qcache_fail(error == cudaErrorMemoryAllocation ? QCACHE_STATUS_OUT_OF_MEMORY : QCACHE_STATUS_INTERNAL, "CUDA: %s: %s (%s)", what,
+                cudaGetErrorString(error), cudaGetErrorName(error));
+    return false;
+}
+
+cudaEvent_t event_of(ggml_backend_event_t event) {
+    return (cudaEvent_t) ((qcache_abi_event *) event)->context;
+}
+
+void cuda_free(void * ctx) {
+    auto * c = (cuda_context *) ctx;
+    cudaSetDevice(c->device);
+    if (c->stream != nullptr) {
+        cudaStreamSynchronize(c->stream);
+        cudaStreamDestroy(c->stream);
+    }
+    ggml_backend_event_free(c->theirs);
+    ggml_backend_event_free(c->ours);
+    if (c->uploaded != nullptr) {
+        cudaEventDestroy(c->uploaded);
+    }
+    cudaFreeHost(c->staging);
+    cudaFree(c->table);
+    cudaFree(c->work);
+    delete c;
+}
+
+// ggml numbers its CUDA devices as the runtime does: "CUDA0", "CUDA1", ...
+int device_number(ggml_backend_t wrapped) {
+    const char * name = ggml_backend_dev_name(ggml_backend_get_device(wrapped));
+    return strncmp(name, "CUDA", 4) == 0 ? atoi(name + 4) : 0;
+}
+
+void * cuda_init(ggml_backend * wrapped, int * n_processors) {
+    std::unique_ptr<cuda_context, void (*)(void *)> c{ new cuda_context(), cuda_free };
+    c->wrapped = wrapped;
+    c->device  = device_number(wrapped);
+    c->theirs  = ggml_backend_event_new(ggml_backend_get_device(wrapped));
+    c->ours    = ggml_backend_event_new(ggml_backend_get_device(wrapped));
+    const bool ok = check(cudaSetDevice(c->device), "choosing the device") &&
+                    check(cudaDeviceGetAttribute(n_processors, cudaDevAttrMultiProcessorCount, c->device), "counting multiprocessors") &&
+                    check(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking), "creating a stream") &&
+                    check(cudaEventCreateWithFlags(&c->uploaded, cudaEventDisableTiming), "creating an event");
+    return ok ? c.release() : nullptr;
+}
+
+bool cuda_enter(void * ctx) {
+    auto & c = *(cuda_context *) ctx;
+    if (!check(cudaSetDevice(c.device), "choosing the device")) {
+        return false;
+    }
+    if (c.theirs == nullptr) {
+        ggml_backend_synchronize(c.wrapped);
+        return true;
+    }
+    ggml_backend_event_record(c.theirs, c.wrapped);
+    return check(cudaStreamWaitEvent(c.stream, event_of(c.theirs), 0), "waiting for ggml's stream");
+}
+
+bool cuda_leave(void * ctx) {
+    auto & c = *(cuda_context *) ctx;
+    if (c.ours == nullptr) {
+        return check(cudaStreamSynchronize(c.stream), "waiting for the stream");
+    }
+    if (!check(cudaEventRecord(event_of(c.ours), c.stream), "recording an event")) {
+        return false;
+    }
+    ggml_backend_event_wait(c.wrapped, c.ours);
+    return true;
+}
+
+// Through pinned memory, or the copy would make the host wait.
+void * cuda_upload(void * ctx, const void * data, size_t size) {
+    auto & c = *(cuda_context *) ctx;
+    if (!check(cudaSetDevice(c.device), "choosing the device") || !check(cudaEventSynchronize(c.uploaded), "waiting for an upload")) {
+        return nullptr;
+    }
+    if (size > c.n_table) {
+        cudaFree(c.table); // waits for the kernels that read it
+        cudaFreeHost(c.staging);
+        c.table = c.staging = nullptr;
+        c.n_table           = 0;
+        const size_t n      = size * 2; // blocks come one by one
+        if (!check(cudaMalloc(&c.table, n), "allocating tables") || !check(cudaMallocHost(&c.staging, n), "allocating staging memory")) {
+            return nullptr;
+        }
+        c.n_table = n;
+    }
+    memcpy(c.staging, data, size);
+    const bool ok = check(cudaMemcpyAsync(c.table, c.staging, size, cudaMemcpyHostToDevice, c.stream), "copying tables") &&
+                    check(cudaEventRecord(c.uploaded, c.stream), "recording an event");
+    return ok ? c.table : nullptr;
+}
+
+void * cuda_workspace(void * ctx, size_t size) {
+    auto & c = *(cuda_context *) ctx;
+    if (size > c.n_work) {
+        cudaFree(c.work);
+        c.work   = nullptr;
+        c.n_work = 0;
+        if (!check(cudaMalloc(&c.work, size), "allocating workspace")) {
+            return nullptr;
+        }
+        c.n_work = size;
+    }
+    return c.work;
+}
+
+bool cuda_launch(void * ctx, const qcache_gpu_launch & l, const void * args) {
+    auto &      c     = *(cuda_context *) ctx;
+    cudaError_t error = cudaErrorInvalidDeviceFunction;
+    switch (l.kernel) {
+        case QCACHE_GPU_APPEND: error = qg_cuda_launch<qg_append_kernel>(l, args, c.stream); break;
+        case QCACHE_GPU_MERGE: error = qg_cuda_launch<qg_merge_kernel>(l, args, c.stream); break;
+        case QCACHE_GPU_DECODE: error = qg_cuda_launch_decode(l, args, c.stream); break;
+        case QCACHE_GPU_PREFILL: error = qg_cuda_launch_prefill(l, args, c.stream); break;
+    }
+    return check(error, "launching a kernel");
+}
+
+bool cuda_synchronize(void * ctx) {
+    return check(cudaStreamSynchronize(((cuda_context *) ctx)->stream), "waiting for the stream");
+}
+
+} // namespace
+
+extern const qcache_gpu_i qcache_gpu_cuda;
+const qcache_gpu_i        qcache_gpu_cuda = { "cuda",      cuda_init,      cuda_free,   cuda_enter,      cuda_leave,
+                                              cuda_upload, cuda_workspace, cuda_launch, cuda_synchronize };
