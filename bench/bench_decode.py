@@ -5,7 +5,8 @@ the peer and every lazy mode of ours hold their caches at the same time and take
 whatever else the machine does hits all of them. Before anything is timed, logits of both engines are compared.
 
 Columns: `kv_gbps` is the KV read by what the context adds to a step: (KV bytes - those of a 16-token context) over (time -
-that of a 16-token context); `bandwidth_share` is that over the read bandwidth measured in the same run. `ratio_peer` and
+that of a 16-token context); `bandwidth_share` is that over the bandwidth measured in the same run: of reading, or with --gpu
+of the device's own copies (bytes read and written). `ratio_peer` and
 `ratio_lazy_off` are how many times faster than llama.cpp's best and than our own lazy-off.
 """
 
@@ -25,6 +26,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from engines import Engine, LlamaCppEngine, LlamaCppModel, Prompt, QcacheEngine
+from gpu_memory import free_gpu_bytes, measure_copy_bandwidth
 from machine import commit, machine, versions
 from make_model import PRESETS, TYPES, make_model
 from read_bandwidth import measure_read_bandwidth
@@ -144,15 +146,15 @@ class Benchmark:
 
     def __init__(self, args: argparse.Namespace, path: Path, progress: Progress) -> None:
         start = time.perf_counter()
-        self.llama_model = LlamaCppModel(path)
+        self.llama_model = LlamaCppModel(path, 999 if args.gpu else 0)
         loaded = time.perf_counter()
-        self.model = Model(path)
+        self.model = Model(path, n_gpu_layers=-1 if args.gpu else 0)
         self.load = {"llama.cpp": loaded - start, "ggml-qcache": time.perf_counter() - loaded}
         self.args, self.progress, self.n_vocab = args, progress, self.model.info.n_vocab
         leaders = three_quarters_lazy(self.model.info.n_layer)
         self.peers = [LlamaCppEngine(self.llama_model, *setting, args.threads) for setting in LLAMA_CPP_SETTINGS]
         self.ours = [QcacheEngine(self.model, lazy, leaders, args.kv, args.threads) for lazy in args.lazy]
-        self.results = Results(measure_read_bandwidth(args.threads))
+        self.results = Results(measure_copy_bandwidth() if args.gpu else measure_read_bandwidth(args.threads))
         info = self.model.info
         self.full_bytes_per_token = 4 * info.n_layer * info.n_head_kv * info.head_dim
         self.bases: dict[tuple[str, int], tuple[float, int]] = {}
@@ -188,7 +190,7 @@ class Benchmark:
                 n_prefilled = n_prompt
             for n_seq in self.args.seqs:
                 needed = self._bytes_needed(context, n_seq)
-                if needed > 0.9 * free_bytes():
+                if needed > 0.9 * (free_gpu_bytes() if self.args.gpu else free_bytes()):
                     self.results.skipped.append({"context": context, "n_seq": n_seq, "bytes": needed})
                     advance(per_case)
                 else:
@@ -293,6 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seqs", type=_numbers, default=[1, 8], metavar="N,N", help="sequences in a batch (default: 1,8)")
     parser.add_argument("--lazy", type=_modes, default=list(LAZY), metavar="MODES", help="of none,visual,global (default: all)")
     parser.add_argument("--kv", choices=("f16", "q8_0", "q4_0"), default="f16", help="type of our K and V (default: f16)")
+    parser.add_argument("--gpu", action="store_true", help="all layers of both engines on the first GPU")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="threads of both (default: all cores)")
     parser.add_argument("--steps", type=int, default=12, metavar="N", help="timed steps of each method (default: 12)")
     parser.add_argument(
@@ -353,6 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "command": shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]),
             "model": {"file": path.name, **benchmark.model.info._asdict()},
             "threads": args.threads,
+            "gpu": benchmark.model.info.gpu,
             "read_bandwidth": results.bandwidth,
             "nmse": benchmark.nmse,
             "load_seconds": benchmark.load,

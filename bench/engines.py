@@ -131,13 +131,19 @@ class _QcacheSession:
 class LlamaCppModel:
     """Weights loaded by libllama, its defaults (memory map, repacking) as they are."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, n_gpu_layers: int) -> None:
         """Loads a model.
+
+        Args:
+            path: GGUF file.
+            n_gpu_layers: As libllama takes it; 0: none.
 
         Raises:
             RuntimeError: libllama refuses the file.
         """
-        self.handle = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        self.handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
             raise RuntimeError(f"{path}: llama.cpp can't load it")
         self.n_layer = llama_cpp.llama_model_n_layer(self.handle)

@@ -24,7 +24,7 @@ NMSE = {"f32": 1e-5, "f16": 1e-5, "q8_0": 1e-3, "q4_0": 1e-3, "q4_k": 1e-3, "q6_
 
 def both_logits(path: Path, n_tokens: int = 48) -> tuple[np.ndarray, np.ndarray]:
     """Logits of the last token in llama.cpp and in ours."""
-    peer, ours = LlamaCppModel(path), Model(path)
+    peer, ours = LlamaCppModel(path, 0), Model(path)
     prompt = bench_decode.make_prompt(n_tokens, ours.info.n_vocab, seed=3)
     _, theirs = LlamaCppEngine(peer, False, "f16", "f16", 1).prefill(prompt)
     _, logits = QcacheEngine(ours, "none", (), "f16", 1).prefill(prompt)

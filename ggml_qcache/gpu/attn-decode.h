@@ -14,7 +14,7 @@
 #include <math.h>
 
 // tokens that a slot takes at a time: loads in flight; with many heads registers are short
-constexpr int qg_decode_tokens(int n_heads) { return n_heads > 4 ? 2 : 4; }
+QG_BOTH constexpr int qg_decode_tokens(int n_heads) { return n_heads > 4 ? 2 : 4; }
 
 // bytes of shared memory: the sums of all slots of one query head
 constexpr int QG_DECODE_SHARED = 5120;

@@ -16,10 +16,10 @@
 
 #include <math.h>
 
-constexpr int qg_prefill_keys(int dim) { return dim > 128 ? 16 : 32; } // of a tile of K and V
+QG_BOTH constexpr int qg_prefill_keys(int dim) { return dim > 128 ? 16 : 32; } // of a tile of K and V
 
 // The rows are 8 halves longer than they need be, so that no two lanes of a fragment meet in a bank.
-constexpr int qg_prefill_shared(int dim) {
+QG_BOTH constexpr int qg_prefill_shared(int dim) {
     return 2 * ((QG_TILE_ROWS + qg_prefill_keys(dim)) * (dim + 8) + dim * (qg_prefill_keys(dim) + 8));
 }
 

@@ -11,11 +11,13 @@
 #if defined(__CUDACC__)
 #    include <cuda_fp16.h>
 #    define QG_DEVICE __device__ __forceinline__
+#    define QG_BOTH   __host__ __device__ // of the launch too
 #    define QG_UNROLL _Pragma("unroll")
 #else
 #    include <cmath>
 #    include <cstring>
 #    define QG_DEVICE inline
+#    define QG_BOTH
 #    define QG_UNROLL
 #endif
 
