@@ -208,12 +208,12 @@ CASES = {
     "no-weights": (
         "spm",
         remove("model.safetensors"),
-        "has neither model.safetensors nor model.safetensors.index.json",
+        "has no weights: neither model.safetensors nor model.safetensors.index.json, pytorch_model.bin nor",
     ),
-    "pickle": (
+    "not-a-pickle": (
         "spm",
         lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"),
-        "pytorch_model.bin is a pickle",
+        "pytorch_model.bin: isn't a readable PyTorch file",
     ),
     "truncated": ("spm", truncate, "model.safetensors: isn't a readable safetensors file"),
     "huge-header": ("spm", huge_header, "model.safetensors: isn't a readable safetensors file"),

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from .checkpoint import TensorEntry
 from .errors import ConversionError
+from .tensor_entry import ITEM_SIZE, TensorEntry
+
 
 @dataclass(frozen=True)
 class OutputTensor:
@@ -48,7 +49,7 @@ class TensorPicker:
             shape: The shape the configuration implies.
 
         Raises:
-            ConversionError: The checkpoint lacks it or has another shape.
+            ConversionError: The checkpoint lacks it, has another shape, or a type that weights can't have.
         """
         entry = self._tensors.get(name)
         if entry is None:
@@ -58,6 +59,8 @@ class TensorPicker:
                 f"{entry.path}: tensor {entry.name!r} has shape {list(entry.shape)}, the configuration needs "
                 f"{list(shape)}"
             )
+        if entry.dtype not in ITEM_SIZE:
+            raise ConversionError(f"{entry.path}: tensor {entry.name!r} is of type {entry.dtype}; supported: {', '.join(ITEM_SIZE)}")
         self._taken.add(name)
         return entry
 

@@ -14,8 +14,8 @@ but `vision_tower.X` without `vision_model`.
 import re
 from collections.abc import Mapping
 
-from .checkpoint import TensorEntry
 from .errors import ConversionError
+from .tensor_entry import TensorEntry
 
 _RULES = (
     (re.compile(r"(?:model\.)?language_model\.lm_head\.(.+)"), "lm_head."),

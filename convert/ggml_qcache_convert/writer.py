@@ -10,10 +10,11 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quant_shape_to_byte_shape
 
-from .checkpoint import Checkpoint, TensorEntry
+from .checkpoint import Checkpoint
 from .errors import ConversionError
 from .outtypes import quantised
 from .plan import OutputTensor
+from .tensor_entry import TensorEntry
 
 CHUNK = 1 << 22  # elements read, checked and converted at a time: 16 MB as float32
 
