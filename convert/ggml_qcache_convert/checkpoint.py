@@ -16,10 +16,8 @@ from .torch_file import read_torch_header
 
 _NUMPY_TYPE = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 # in the order of preference: files of several formats hold the same model
-_LAYOUTS = (
-    ("model.safetensors", read_safetensors_header),
-    ("pytorch_model.bin", read_torch_header),
-)
+_READERS = {"model.safetensors": read_safetensors_header, "pytorch_model.bin": read_torch_header}
+WEIGHT_FILES = tuple(_READERS)  # whole, or in shards that NAME.index.json names
 
 
 class Checkpoint:
@@ -43,7 +41,7 @@ class Checkpoint:
         """
         self.tensors: dict[str, TensorEntry] = {}
         self._files: dict[Path, BinaryIO] = {}
-        for name, read_header in _LAYOUTS:
+        for name, read_header in _READERS.items():
             single, index = directory / name, directory / f"{name}.index.json"
             if single.exists():
                 self.tensors = read_header(_inside(single))
@@ -51,24 +49,18 @@ class Checkpoint:
             if index.exists():
                 self._read_index(index, read_header)
                 return
-        names = ", ".join(f"{name} nor {name}.index.json" for name, _ in _LAYOUTS)
+        names = ", ".join(f"{name} nor {name}.index.json" for name in WEIGHT_FILES)
         raise ConversionError(f"{directory}: has no weights: neither {names}")
 
     def _read_index(self, index: Path, read_header: Callable[[Path], dict[str, TensorEntry]]) -> None:
         """Reads the shards an index file names."""
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, Mapping) or not weight_map:
-            raise ConversionError(f"{index}: has no weight_map")
-        for name, shard in weight_map.items():
-            # a shard is a bare file name beside the index; anything else could read files elsewhere
-            if not isinstance(shard, str) or shard in ("", ".", "..") or any(c in shard for c in "/\\\0"):
-                raise ConversionError(f"{index}: tensor {name!r} points to {shard!r}, which isn't a plain file name")
-        shards = sorted(set(weight_map.values()))
+        shard_of = weight_map(index)
+        shards = sorted(set(shard_of.values()))
         missing = [shard for shard in shards if not (index.parent / shard).is_file()]
         if missing:
             raise ConversionError(f"{index}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}")
         headers = {shard: read_header(_inside(index.parent / shard)) for shard in shards}
-        for name, shard in weight_map.items():
+        for name, shard in shard_of.items():
             if name not in headers[shard]:
                 raise ConversionError(f"{index}: tensor {name!r} isn't in {shard}, where the index has it")
             self.tensors[name] = headers[shard][name]
@@ -108,6 +100,22 @@ class Checkpoint:
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Reads which shard each tensor is in.
+
+    Raises:
+        ConversionError: No index, or one that names anything else than files beside it.
+    """
+    content = read_json(index).get("weight_map")
+    if not isinstance(content, Mapping) or not content:
+        raise ConversionError(f"{index}: has no weight_map")
+    for name, shard in content.items():
+        # anything but a bare file name could read files elsewhere
+        if not isinstance(shard, str) or shard in ("", ".", "..") or any(c in shard for c in "/\\\0"):
+            raise ConversionError(f"{index}: tensor {name!r} points to {shard!r}, which isn't a plain file name")
+    return dict(content)
 
 
 def _inside(path: Path) -> Path:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .calibration import METRICS, Calibration, CalibrationSettings, check_report, write_report
-from .conversion import ConversionResult, convert
+from .conversion import ConversionResult, check_targets, convert
+from .hub import fetch, is_hub_id
 from .lazy_keys import MODES
 from .make_lazy import convert_auto, make_lazy
 from .outtypes import OUTTYPES
@@ -54,23 +55,29 @@ def _run(args: argparse.Namespace) -> tuple[ConversionResult, Calibration | None
         if settings is None:
             raise ValueError("--report shows what calibration found: it goes with --lazy-layers auto or a correction")
         check_report(args.report)
-    if args.model.is_file():
+    model, on_hub = Path(args.model), is_hub_id(args.model)
+    if args.revision is not None and not on_hub:
+        raise ValueError(f"--revision goes with the name of a model on the Hub, and {args.model} is a path")
+    if model.is_file():
         if args.mmproj is not None:
             raise ValueError("--mmproj goes with a Hugging Face directory: a text GGUF has no vision tower in it")
-        outfile = args.outfile or Path(f"{args.model.stem}-lazy.gguf")
+        outfile = args.outfile or Path(f"{model.stem}-lazy.gguf")
         return make_lazy(
-            args.model, outfile, args.lazy_layers, args.lazy_mode, args.keep_qk, settings, args.mmproj_in, progress, args.outtype
+            model, outfile, args.lazy_layers, args.lazy_mode, args.keep_qk, settings, args.mmproj_in, progress, args.outtype
         )
     if args.mmproj_in is not None:
         raise ValueError("--mmproj-in goes with a GGUF: a directory has its vision tower in it")
     outtype = args.outtype or "f16"
     # an empty name, as of "/", leaves "model"
-    name = args.model.resolve().name or "model"
+    name = model.resolve().name or "model"
     outfile = args.outfile or Path(f"{name}-{outtype}.gguf")
     mmproj = args.mmproj or Path(f"mmproj-{name}-{'f32' if outtype == 'f32' else 'f16'}.gguf")
+    if on_hub:
+        check_targets([outfile, mmproj])  # before what may be a long download
+        model = fetch(args.model, args.revision, progress)
     if settings is not None:
-        return convert_auto(args.model, outfile, mmproj, settings, outtype, args.keep_qk, progress)
-    return convert(args.model, outfile, mmproj, outtype, args.lazy_layers, args.lazy_mode, args.keep_qk, progress), None
+        return convert_auto(model, outfile, mmproj, settings, outtype, args.keep_qk, progress, name)
+    return convert(model, outfile, mmproj, outtype, args.lazy_layers, args.lazy_mode, args.keep_qk, progress, name), None
 
 
 def _calibration_settings(args: argparse.Namespace) -> CalibrationSettings | None:
@@ -117,10 +124,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "model",
-        type=Path,
         metavar="MODEL",
-        help="directory with config.json, safetensors and tokenizer; or a text GGUF, copied with other lazy layers",
+        help="directory with config.json, weights (safetensors or .bin) and tokenizer; or the name of a model on the Hugging Face Hub, "
+        "e.g. llava-hf/llava-1.5-7b-hf; or a text GGUF, copied with other lazy layers",
     )
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a model on the Hub (default: its main branch)")
     parser.add_argument("--outfile", type=Path, metavar="FILE", help="text GGUF (default: NAME-OUTTYPE.gguf)")
     parser.add_argument("--mmproj", type=Path, metavar="FILE", help="vision GGUF (default: mmproj-NAME-f16.gguf)")
     parser.add_argument(

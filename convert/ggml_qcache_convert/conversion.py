@@ -55,6 +55,7 @@ def convert(
     lazy_mode: str = "visual",
     keep_qk: bool = False,
     progress: bool = False,
+    name: str | None = None,
 ) -> ConversionResult:
     """Converts a Hugging Face ``LlavaForConditionalGeneration`` directory to a text GGUF and an mmproj GGUF.
 
@@ -70,6 +71,7 @@ def convert(
         keep_qk: Keep the q and k projections of lazy layers in global mode, so that the file also runs as a plain
             model.
         progress: Show a progress bar on stderr.
+        name: ``general.name``; the directory's by default.
 
     Returns:
         What was written.
@@ -102,16 +104,16 @@ def convert(
             raise ValueError(f"{overwritten[0]}: is part of the checkpoint itself")
         without_qk = lazy if lazy_mode == "global" and not keep_qk else ()
         text_plan, vision_plan = _plans(checkpoint, params, outtype, without_qk)
-        name = directory.resolve().name
+        title = name or directory.resolve().name
 
         def text_keys(writer: GGUFWriter) -> None:
-            add_text_keys(writer, params.text, name, OUTTYPES[outtype].file_type)
+            add_text_keys(writer, params.text, title, OUTTYPES[outtype].file_type)
             add_vocab_keys(writer, vocab)
             add_lazy_keys(writer, lazy, lazy_mode, n_layer)
 
         def vision_keys(writer: GGUFWriter) -> None:
             add_vision_keys(
-                writer, params.vision, images, params.text.n_embd, name, OUTTYPES[_vision_outtype(outtype)].file_type
+                writer, params.vision, images, params.text.n_embd, title, OUTTYPES[_vision_outtype(outtype)].file_type
             )
 
         plans = text_plan if mmproj is None else text_plan + vision_plan
