@@ -120,6 +120,11 @@ def set_pattern(pattern: str) -> Callable[[Path], None]:
     return apply
 
 
+def smaller_vocabulary(path: Path) -> None:
+    tensors(lambda t: t.update({n: t[n][:100].clone() for n in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")}))(path)
+    config(text_config__vocab_size=100)(path)
+
+
 Q = "language_model.model.layers.1.self_attn.q_proj.weight"
 CASES = {
     # configuration
@@ -322,7 +327,17 @@ CASES = {
         file_json("tokenizer.json", model__merges=[["a"]]),
         "merge ['a'] isn't a pair of tokens",
     ),
-    "too-many-tokens": ("spm", config(text_config__vocab_size=100), "tokens, the model only 100 embeddings"),
+    "too-many-tokens": ("spm", smaller_vocabulary, "tokens, the model only 100 embeddings"),
+    "huge-vocabulary": (
+        "spm",
+        config(text_config__vocab_size=2**31 - 1),
+        "embed_tokens.weight' has shape [566, 64], the configuration needs [2147483647, 64]",
+    ),
+    "huge-depth": (
+        "spm",
+        config(text_config__num_hidden_layers=2**31 - 1),
+        "no tensor 'text.layers.2.input_layernorm.weight' of shape [64]",
+    ),
     "bos-unknown": (
         "spm",
         file_json("tokenizer_config.json", bos_token="<start>"),
@@ -382,7 +397,8 @@ def test_refused_with_nothing_written(tmp_path: Path, checkpoints: dict[str, Pat
         ({"outfile": "hf"}, "is a directory"),
         ({"outfile": "mm.gguf"}, "can't be both the text model and the mmproj"),
         ({"outfile": "hf/model.safetensors"}, "is part of the checkpoint itself"),
-        ({"directory": "nowhere"}, "isn't a directory"),
+        ({"directory": "nowhere"}, "nowhere: no such file or directory"),
+        ({"directory": "hf/config.json"}, "config.json: isn't a directory"),
     ],
 )
 def test_arguments(tmp_path: Path, checkpoints: dict[str, Path], arguments: dict[str, object], message: str) -> None:

@@ -5,8 +5,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from .calibration import METRICS, Calibration, CalibrationSettings, check_report, write_report
-from .conversion import ConversionResult, check_targets, convert
+from .conversion import ConversionResult, check_targets, convert, plan_conversion
+from .dry_run import draw, of_checkpoint, of_gguf
 from .hub import fetch, is_hub_id
 from .lazy_keys import MODES
 from .make_lazy import convert_auto, make_lazy
@@ -25,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
+        if args.dry_run:
+            return _dry_run(args, parser.prog)
         result, chosen = _run(args)
         if chosen is not None and args.report is not None:
             write_report(chosen, result.outfile.stem, args.report)
@@ -55,16 +60,30 @@ def _run(args: argparse.Namespace) -> tuple[ConversionResult, Calibration | None
         if settings is None:
             raise ValueError("--report shows what calibration found: it goes with --lazy-layers auto or a correction")
         check_report(args.report)
+    model, outfile, mmproj, name = _paths(args, progress)
+    if mmproj is None:
+        return make_lazy(
+            model, outfile, args.lazy_layers, args.lazy_mode, args.keep_qk, settings, args.mmproj_in, progress, args.outtype
+        )
+    outtype = args.outtype or "f16"
+    if settings is not None:
+        return convert_auto(model, outfile, mmproj, settings, outtype, args.keep_qk, progress, name)
+    return convert(model, outfile, mmproj, outtype, args.lazy_layers, args.lazy_mode, args.keep_qk, progress, name), None
+
+
+def _paths(args: argparse.Namespace, progress: bool) -> tuple[Path, Path, Path | None, str]:
+    """Gives the input, fetched from the Hub if need be, the outputs and the model's name; of a GGUF there is no mmproj.
+
+    Raises:
+        ValueError: The arguments don't go together.
+    """
     model, on_hub = Path(args.model), is_hub_id(args.model)
     if args.revision is not None and not on_hub:
         raise ValueError(f"--revision goes with the name of a model on the Hub, and {args.model} is a path")
     if model.is_file():
         if args.mmproj is not None:
             raise ValueError("--mmproj goes with a Hugging Face directory: a text GGUF has no vision tower in it")
-        outfile = args.outfile or Path(f"{model.stem}-lazy.gguf")
-        return make_lazy(
-            model, outfile, args.lazy_layers, args.lazy_mode, args.keep_qk, settings, args.mmproj_in, progress, args.outtype
-        )
+        return model, args.outfile or Path(f"{model.stem}-lazy.gguf"), None, model.stem
     if args.mmproj_in is not None:
         raise ValueError("--mmproj-in goes with a GGUF: a directory has its vision tower in it")
     outtype = args.outtype or "f16"
@@ -75,9 +94,29 @@ def _run(args: argparse.Namespace) -> tuple[ConversionResult, Calibration | None
     if on_hub:
         check_targets([outfile, mmproj])  # before what may be a long download
         model = fetch(args.model, args.revision, progress)
-    if settings is not None:
-        return convert_auto(model, outfile, mmproj, settings, outtype, args.keep_qk, progress, name)
-    return convert(model, outfile, mmproj, outtype, args.lazy_layers, args.lazy_mode, args.keep_qk, progress, name), None
+    return model, outfile, mmproj, name
+
+
+def _dry_run(args: argparse.Namespace, prog: str) -> int:
+    """Prints what would be written.
+
+    Raises:
+        ValueError: The arguments don't go together, or the input would be refused.
+    """
+    if _calibration_settings(args) is not None:
+        raise ValueError("--dry-run goes with named layers: to choose or correct them the model has to run")
+    model, outfile, mmproj, name = _paths(args, not (args.no_progress or args.quiet))
+    if mmproj is None:
+        shown = of_gguf(model, outfile, args.lazy_layers, args.lazy_mode, args.keep_qk, args.outtype)
+    else:
+        plan = plan_conversion(model, outfile, mmproj, args.outtype or "f16", args.lazy_layers, args.lazy_mode, args.keep_qk, name)
+        shown = of_checkpoint(plan, args.lazy_mode)
+    for warning in shown.warnings:
+        print(f"{prog}: warning: {warning}", file=sys.stderr)
+    if not args.quiet:
+        # into a file or a pipe a line a tensor, however long
+        draw(shown, Console() if sys.stdout.isatty() else Console(width=200))
+    return 0
 
 
 def _calibration_settings(args: argparse.Namespace) -> CalibrationSettings | None:
@@ -165,6 +204,11 @@ def _parser() -> argparse.ArgumentParser:
     both.add_argument("--calibration-prompts", type=Path, metavar="FILE", help="prompts, one a line (default: general ones)")
     both.add_argument("--seed", type=int, help="seed of the choice of pairs and rows (default: 0)")
     both.add_argument("--mmproj-in", type=Path, metavar="FILE", help="vision GGUF, where MODEL is a GGUF")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would be written, tensor by tensor; read no weights, write nothing (a model on the Hub is fetched first)",
+    )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
     return parser

@@ -11,7 +11,7 @@ from gguf.quants import dequantize
 from .calibration import Corrections
 from .errors import ConversionError
 from .outtypes import OutType, quantised
-from .writer import CHUNK, stored_layout
+from .writer import CHUNK, stored_bytes, stored_layout
 
 _QK = re.compile(r"blk\.(\d+)\.attn_[qk]\.(weight|bias)")
 _VIS_BIAS = re.compile(r"blk\.\d+\.attn_vis_bias\.weight")
@@ -47,6 +47,45 @@ def n_layers(reader: GGUFReader) -> int | None:
     return None if field is None else field.contents()
 
 
+def plan_copy(
+    reader: GGUFReader, without_qk: Sequence[int], outtype: OutType | None = None
+) -> list[tuple[ReaderTensor, tuple[int, ...], GGMLQuantizationType]]:
+    """Plans the tensors of a copy.
+
+    Args:
+        reader: The source.
+        without_qk: Layers whose q and k projections are left out.
+        outtype: Types of the weight matrices; None: as they are.
+
+    Returns:
+        The tensors that are kept, with their shapes (outermost dimension first) and new types.
+
+    Raises:
+        ConversionError: The source lacks q and k of a layer that is to keep them.
+    """
+    left_out = set(without_qk)
+    kept = []
+    for tensor in reader.tensors:
+        match = _QK.fullmatch(tensor.name)
+        if (match is None or int(match[1]) not in left_out) and _VIS_BIAS.fullmatch(tensor.name) is None:
+            kept.append(tensor)
+    names = {tensor.name for tensor in kept}
+    for layer in range(n_layers(reader)):
+        if layer not in left_out and f"blk.{layer}.attn_q.weight" not in names:
+            raise ConversionError(
+                f"the GGUF has no blk.{layer}.attn_q.weight: layer {layer} was lazy in global mode when it was converted; "
+                "convert from the checkpoint, or from a file made with --keep-qk"
+            )
+    n_layer, tied = n_layers(reader), "output.weight" not in names
+    plan = []
+    for tensor in kept:
+        shape, qtype = _shape(tensor), tensor.tensor_type
+        if outtype is not None and len(shape) == 2 and tensor.name.endswith(".weight"):
+            qtype = outtype.of(tensor.name, shape, n_layer, tied)
+        plan.append((tensor, shape, qtype))
+    return plan
+
+
 def copy_with_keys(
     reader: GGUFReader,
     target: Path,
@@ -71,19 +110,7 @@ def copy_with_keys(
         ConversionError: The source lacks q and k of a layer that is to keep them.
         OSError: The file can't be written.
     """
-    left_out = set(without_qk)
-    kept = []
-    for tensor in reader.tensors:
-        match = _QK.fullmatch(tensor.name)
-        if (match is None or int(match[1]) not in left_out) and _VIS_BIAS.fullmatch(tensor.name) is None:
-            kept.append(tensor)
-    names = {tensor.name for tensor in kept}
-    for layer in range(n_layers(reader)):
-        if layer not in left_out and f"blk.{layer}.attn_q.weight" not in names:
-            raise ConversionError(
-                f"the GGUF has no blk.{layer}.attn_q.weight: layer {layer} was lazy in global mode when it was converted; "
-                "convert from the checkpoint, or from a file made with --keep-qk"
-            )
+    plan = plan_copy(reader, without_qk, outtype)
     writer = GGUFWriter(None, architecture(reader))
     writer.kv_data[0].clear()
     for name, field in reader.fields.items():
@@ -94,24 +121,21 @@ def copy_with_keys(
     if (alignment := reader.get_field("general.alignment")) is not None:
         writer.data_alignment = alignment.contents()
     replaced = {} if corrections is None else corrections.weights
-    types = {tensor.name: tensor.tensor_type for tensor in kept}
     if outtype is not None:
-        n_layer, tied = n_layers(reader), "output.weight" not in names
-        types |= {t.name: outtype.of(t.name, _shape(t), n_layer, tied) for t in kept if len(_shape(t)) == 2 and t.name.endswith(".weight")}
         writer.kv_data[0].pop("general.file_type", None)
         writer.add_file_type(outtype.file_type)
     biases = _vis_biases(corrections)
-    for tensor in kept:
-        shape, dtype = stored_layout(_shape(tensor), types[tensor.name])
-        writer.add_tensor_info(tensor.name, shape, dtype, int(np.prod(shape)) * dtype.itemsize, types[tensor.name])
+    for tensor, shape, qtype in plan:
+        stored, dtype = stored_layout(shape, qtype)
+        writer.add_tensor_info(tensor.name, stored, dtype, stored_bytes(shape, qtype), qtype)
     for name, values in biases.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes, GGMLQuantizationType.F32)
     try:
         writer.write_header_to_file(target)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in kept:
-            writer.write_tensor_data(_stored(tensor, types[tensor.name], replaced.get(tensor.name)))
+        for tensor, _, qtype in plan:
+            writer.write_tensor_data(_stored(tensor, qtype, replaced.get(tensor.name)))
             advance(tensor.data.nbytes)
         for values in biases.values():
             writer.write_tensor_data(values)

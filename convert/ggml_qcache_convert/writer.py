@@ -1,5 +1,6 @@
 """Streams planned tensors into GGUF files, and lets the files appear only when all of them are complete."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -77,8 +78,7 @@ def write_gguf(
     add_keys(writer)
     for tensor in plan:
         shape, dtype = stored_layout(tensor.shape, tensor.qtype)
-        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        writer.add_tensor_info(tensor.name, shape, dtype, nbytes, raw_dtype=tensor.qtype)
+        writer.add_tensor_info(tensor.name, shape, dtype, stored_bytes(tensor.shape, tensor.qtype), raw_dtype=tensor.qtype)
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
@@ -97,6 +97,12 @@ def stored_layout(shape: tuple[int, ...], qtype: GGMLQuantizationType) -> tuple[
     if qtype == GGMLQuantizationType.F16:
         return shape, np.dtype(np.float16)
     return tuple(quant_shape_to_byte_shape(shape, qtype)), np.dtype(np.uint8)
+
+
+def stored_bytes(shape: tuple[int, ...], qtype: GGMLQuantizationType) -> int:
+    """Size of a tensor in a file, in bytes."""
+    stored, dtype = stored_layout(shape, qtype)
+    return math.prod(stored) * dtype.itemsize
 
 
 def _converted(tensor: OutputTensor, checkpoint: Checkpoint, advance: Callable[[int], object]) -> np.ndarray[Any, Any]:
