@@ -1,7 +1,7 @@
 """Checkpoints of safetensors or PyTorch files: which tensor lies where, and rows of it as float32, without ever holding a whole file."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -66,7 +66,7 @@ class Checkpoint:
             self.tensors[name] = headers[shard][name]
 
     def read_rows(self, entry: TensorEntry, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Reads rows ``start`` to ``stop`` of a tensor.
+        """Reads rows ``start`` to ``stop`` of a tensor, its deltas added.
 
         Args:
             entry: The tensor.
@@ -77,8 +77,26 @@ class Checkpoint:
             float32 ``[stop - start, product of the other dimensions]``.
 
         Raises:
-            ConversionError: The file ends early.
+            ConversionError: The file ends early, or a delta has NaN or infinite values.
         """
+        values = self._stored_rows(entry, start, stop)
+        for delta in entry.deltas:
+            a = self._finite(delta.a, 0, delta.a.shape[0])
+            if delta.transposed:
+                values += delta.scale * (self._finite(delta.b, 0, delta.b.shape[0]) @ a[:, start:stop]).T
+            else:
+                values += delta.scale * (self._finite(delta.b, start, stop) @ a)
+        return values
+
+    def _finite(self, entry: TensorEntry, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Rows of one factor of a delta, checked here: in the sum nobody could tell whose fault a NaN is."""
+        values = self._stored_rows(entry, start, stop)
+        if not np.isfinite(values).all():
+            count = int((~np.isfinite(values)).sum())
+            raise ConversionError(f"{entry.path}: tensor {entry.name!r} has {count} NaN or infinite values in rows {start} to {stop}")
+        return values
+
+    def _stored_rows(self, entry: TensorEntry, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         row = math.prod(entry.shape[1:])
         if entry.path not in self._files:
             self._files[entry.path] = entry.path.open("rb")
@@ -100,6 +118,19 @@ class Checkpoint:
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+
+def read_first(directory: Path, names: Sequence[str]) -> dict[str, TensorEntry]:
+    """Lists the tensors of the first of several files that is there.
+
+    Raises:
+        ConversionError: None is, or it is damaged or a link out of the directory.
+    """
+    for name in names:
+        if (directory / name).exists():
+            read_header = read_safetensors_header if name.endswith(".safetensors") else read_torch_header
+            return read_header(_inside(directory / name))
+    raise ConversionError(f"{directory}: has none of {', '.join(names)}")
 
 
 def weight_map(index: Path) -> dict[str, str]:

@@ -67,8 +67,8 @@ def _run(args: argparse.Namespace) -> tuple[ConversionResult, Calibration | None
         )
     outtype = args.outtype or "f16"
     if settings is not None:
-        return convert_auto(model, outfile, mmproj, settings, outtype, args.keep_qk, progress, name)
-    return convert(model, outfile, mmproj, outtype, args.lazy_layers, args.lazy_mode, args.keep_qk, progress, name), None
+        return convert_auto(model, outfile, mmproj, settings, outtype, args.keep_qk, progress, name, args.lora)
+    return convert(model, outfile, mmproj, outtype, args.lazy_layers, args.lazy_mode, args.keep_qk, progress, name, args.lora), None
 
 
 def _paths(args: argparse.Namespace, progress: bool) -> tuple[Path, Path, Path | None, str]:
@@ -83,6 +83,8 @@ def _paths(args: argparse.Namespace, progress: bool) -> tuple[Path, Path, Path |
     if model.is_file():
         if args.mmproj is not None:
             raise ValueError("--mmproj goes with a Hugging Face directory: a text GGUF has no vision tower in it")
+        if args.lora:
+            raise ValueError("--lora goes with a checkpoint: a GGUF's weights aren't those the adapter was trained on")
         return model, args.outfile or Path(f"{model.stem}-lazy.gguf"), None, model.stem
     if args.mmproj_in is not None:
         raise ValueError("--mmproj-in goes with a GGUF: a directory has its vision tower in it")
@@ -109,7 +111,7 @@ def _dry_run(args: argparse.Namespace, prog: str) -> int:
     if mmproj is None:
         shown = of_gguf(model, outfile, args.lazy_layers, args.lazy_mode, args.keep_qk, args.outtype)
     else:
-        plan = plan_conversion(model, outfile, mmproj, args.outtype or "f16", args.lazy_layers, args.lazy_mode, args.keep_qk, name)
+        plan = plan_conversion(model, outfile, mmproj, args.outtype or "f16", args.lazy_layers, args.lazy_mode, args.keep_qk, name, args.lora)
         shown = of_checkpoint(plan, args.lazy_mode)
     for warning in shown.warnings:
         print(f"{prog}: warning: {warning}", file=sys.stderr)
@@ -170,6 +172,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a model on the Hub (default: its main branch)")
     parser.add_argument("--outfile", type=Path, metavar="FILE", help="text GGUF (default: NAME-OUTTYPE.gguf)")
     parser.add_argument("--mmproj", type=Path, metavar="FILE", help="vision GGUF (default: mmproj-NAME-f16.gguf)")
+    parser.add_argument(
+        "--lora", type=Path, metavar="DIR", action="append", default=[], help="PEFT LoRA adapter to merge into the weights; repeatable"
+    )
     parser.add_argument(
         "--outtype", choices=list(OUTTYPES), help="type of the weight matrices (default: f16; of a GGUF: as they are)"
     )

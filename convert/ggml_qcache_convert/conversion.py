@@ -12,6 +12,7 @@ from .errors import ConversionError
 from .hparams import LlavaParams, read_hparams
 from .lazy_keys import MODES, add_lazy_keys
 from .lazy_layers import leaders_of, parse_layers
+from .lora import merge_adapters
 from .mmproj import add_vision_keys, read_image_params, vision_tensors
 from .outtypes import OUTTYPES
 from .plan import OutputTensor, TensorPicker
@@ -56,6 +57,7 @@ def convert(
     keep_qk: bool = False,
     progress: bool = False,
     name: str | None = None,
+    adapters: Sequence[Path] = (),
 ) -> ConversionResult:
     """Converts a Hugging Face ``LlavaForConditionalGeneration`` directory to a text GGUF and an mmproj GGUF.
 
@@ -72,6 +74,7 @@ def convert(
             model.
         progress: Show a progress bar on stderr.
         name: ``general.name``; the directory's by default.
+        adapters: Directories of PEFT LoRA adapters, merged in this order.
 
     Returns:
         What was written.
@@ -82,7 +85,7 @@ def convert(
         OSError: A file can't be written.
     """
     targets = [outfile] if mmproj is None else [outfile, mmproj]
-    plan = plan_conversion(directory, outfile, mmproj, outtype, lazy_layers, lazy_mode, keep_qk, name)
+    plan = plan_conversion(directory, outfile, mmproj, outtype, lazy_layers, lazy_mode, keep_qk, name, adapters)
     total = sum(tensor.source.nbytes for file in plan.files for tensor in file.tensors)
     with (
         plan.checkpoint,
@@ -140,6 +143,7 @@ def plan_conversion(
     lazy_mode: str,
     keep_qk: bool,
     name: str | None,
+    adapters: Sequence[Path],
 ) -> ConversionPlan:
     """Checks everything that can be checked without weights, and plans both files. The arguments are those of ``convert``.
 
@@ -165,7 +169,8 @@ def plan_conversion(
     if overwritten := [target for target in targets if target.resolve() in inputs]:
         raise ValueError(f"{overwritten[0]}: is part of the checkpoint itself")
     # before anything is sized by the configuration's numbers: the weights bear them out
-    text_plan, vision_plan = _plans(checkpoint, params, outtype, lazy if lazy_mode == "global" and not keep_qk else ())
+    picker = TensorPicker(merge_adapters(canonical_tensors(checkpoint.tensors), adapters))
+    text_plan, vision_plan = _plans(picker, params, outtype, lazy if lazy_mode == "global" and not keep_qk else ())
     leaders = leaders_of(lazy, n_layer)
     vocab = read_vocab(directory, params.text.n_vocab, params.token_ids, warnings)
     images = read_image_params(directory, params.vision, warnings)
@@ -202,10 +207,9 @@ def _vision_outtype(outtype: str) -> str:
 
 
 def _plans(
-    checkpoint: Checkpoint, params: LlavaParams, outtype: str, without_qk: Sequence[int]
+    picker: TensorPicker, params: LlavaParams, outtype: str, without_qk: Sequence[int]
 ) -> tuple[list[OutputTensor], list[OutputTensor]]:
     """Plans both files; together they must account for every tensor of the checkpoint."""
-    picker = TensorPicker(canonical_tensors(checkpoint.tensors))
     text = text_tensors(params.text, picker, OUTTYPES[outtype], without_qk)
     vision = vision_tensors(params.vision, params.text.n_embd, picker, OUTTYPES[_vision_outtype(outtype)].matrix)
     picker.refuse_leftovers()

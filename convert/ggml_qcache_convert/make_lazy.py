@@ -27,6 +27,7 @@ def convert_auto(
     keep_qk: bool = False,
     progress: bool = False,
     name: str | None = None,
+    adapters: Sequence[Path] = (),
 ) -> tuple[ConversionResult, Calibration]:
     """Converts a Hugging Face LLaVA directory with lazy layers chosen by calibration on the converted model.
 
@@ -41,6 +42,7 @@ def convert_auto(
         keep_qk: As for ``convert``.
         progress: Show progress bars on stderr.
         name: As for ``convert``.
+        adapters: As for ``convert``.
 
     Returns:
         What was written, and what the choice rests on.
@@ -56,7 +58,7 @@ def convert_auto(
     with tempfile.TemporaryDirectory(dir=outfile.parent, prefix=f".{outfile.name}.") as folder:
         plain = Path(folder) / outfile.name
         with AtomicFiles([mmproj, outfile]) as files:
-            result = convert(directory, plain, files.path(mmproj), outtype, progress=progress, name=name)
+            result = convert(directory, plain, files.path(mmproj), outtype, progress=progress, name=name, adapters=adapters)
             chosen = _calibrated(plain, files.path(mmproj), settings, progress)
             made = _lazy_copy(plain, files.path(outfile), chosen.leaders, settings.mode, keep_qk, chosen, progress)
             files.commit()

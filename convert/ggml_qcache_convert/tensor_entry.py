@@ -17,6 +17,7 @@ class TensorEntry:
         dtype: A key of ``ITEM_SIZE``, or the name of a type that weights can't have.
         shape: Outermost dimension first; the values lie row by row, little-endian.
         offset: Of the first value, in bytes from the file's start.
+        deltas: What is added to the values when they are read.
     """
 
     name: str
@@ -24,8 +25,26 @@ class TensorEntry:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    deltas: tuple["LowRank", ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Size of the stored data in bytes, of a type that weights have."""
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The change ``scale * b @ a`` of a matrix, or its transpose.
+
+    Attributes:
+        a: ``[rank, n_in]``.
+        b: ``[n_out, rank]``.
+        scale: A factor.
+        transposed: The matrix is ``[n_in, n_out]``, as embeddings are.
+    """
+
+    a: TensorEntry
+    b: TensorEntry
+    scale: float
+    transposed: bool

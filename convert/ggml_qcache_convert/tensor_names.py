@@ -42,7 +42,7 @@ def canonical_tensors(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEnt
     """
     result: dict[str, TensorEntry] = {}
     for name, entry in tensors.items():
-        canonical = _canonical(name)
+        canonical = canonical_name(name)
         if _DERIVED.fullmatch(canonical):
             continue
         if canonical in result:
@@ -53,7 +53,8 @@ def canonical_tensors(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEnt
     return result
 
 
-def _canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
+    """The canonical name of a stored tensor; one that no rule knows stays as it is."""
     for pattern, prefix in _RULES:
         match = pattern.fullmatch(name)
         if match:
