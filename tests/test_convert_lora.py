@@ -177,6 +177,6 @@ def test_command(tmp_path: Path, base: tuple[Path, Any], adapter: Path, monkeypa
     convert(base[0], Path("n.gguf"), None, "q8_0", adapters=[adapter])
     assert Path("m.gguf").read_bytes() == Path("n.gguf").read_bytes()
     assert main(["m.gguf", "--lora", str(adapter)]) == 1
-    assert "--lora goes with a checkpoint" in capsys.readouterr().err
+    assert "--lora goes with a checkpoint, not with a GGUF" in capsys.readouterr().err
     assert main([str(base[0]), "--lora", str(tmp_path / "none"), "--outfile", "x.gguf"]) == 1
     assert "none: isn't a directory of a LoRA adapter" in capsys.readouterr().err and not Path("x.gguf").exists()

@@ -66,9 +66,10 @@ def _run(args: argparse.Namespace) -> tuple[ConversionResult, Calibration | None
             model, outfile, args.lazy_layers, args.lazy_mode, args.keep_qk, settings, args.mmproj_in, progress, args.outtype
         )
     outtype = args.outtype or "f16"
+    parts = _parts(args, progress)
     if settings is not None:
-        return convert_auto(model, outfile, mmproj, settings, outtype, args.keep_qk, progress, name, args.lora)
-    return convert(model, outfile, mmproj, outtype, args.lazy_layers, args.lazy_mode, args.keep_qk, progress, name, args.lora), None
+        return convert_auto(model, outfile, mmproj, settings, outtype, args.keep_qk, progress, name, *parts)
+    return convert(model, outfile, mmproj, outtype, args.lazy_layers, args.lazy_mode, args.keep_qk, progress, name, *parts), None
 
 
 def _paths(args: argparse.Namespace, progress: bool) -> tuple[Path, Path, Path | None, str]:
@@ -83,8 +84,9 @@ def _paths(args: argparse.Namespace, progress: bool) -> tuple[Path, Path, Path |
     if model.is_file():
         if args.mmproj is not None:
             raise ValueError("--mmproj goes with a Hugging Face directory: a text GGUF has no vision tower in it")
-        if args.lora:
-            raise ValueError("--lora goes with a checkpoint: a GGUF's weights aren't those the adapter was trained on")
+        for option, given in (("--lora", args.lora), ("--vision-tower", args.vision_tower)):
+            if given:
+                raise ValueError(f"{option} goes with a checkpoint, not with a GGUF")
         return model, args.outfile or Path(f"{model.stem}-lazy.gguf"), None, model.stem
     if args.mmproj_in is not None:
         raise ValueError("--mmproj-in goes with a GGUF: a directory has its vision tower in it")
@@ -99,6 +101,13 @@ def _paths(args: argparse.Namespace, progress: bool) -> tuple[Path, Path, Path |
     return model, outfile, mmproj, name
 
 
+def _parts(args: argparse.Namespace, progress: bool) -> tuple[list[Path], Path | None]:
+    """Gives what a checkpoint is completed with: adapters and a vision tower, fetched from the Hub if need be."""
+    if args.vision_tower is None:
+        return args.lora, None
+    return args.lora, fetch(args.vision_tower, None, progress) if is_hub_id(args.vision_tower) else Path(args.vision_tower)
+
+
 def _dry_run(args: argparse.Namespace, prog: str) -> int:
     """Prints what would be written.
 
@@ -107,11 +116,14 @@ def _dry_run(args: argparse.Namespace, prog: str) -> int:
     """
     if _calibration_settings(args) is not None:
         raise ValueError("--dry-run goes with named layers: to choose or correct them the model has to run")
-    model, outfile, mmproj, name = _paths(args, not (args.no_progress or args.quiet))
+    progress = not (args.no_progress or args.quiet)
+    model, outfile, mmproj, name = _paths(args, progress)
     if mmproj is None:
         shown = of_gguf(model, outfile, args.lazy_layers, args.lazy_mode, args.keep_qk, args.outtype)
     else:
-        plan = plan_conversion(model, outfile, mmproj, args.outtype or "f16", args.lazy_layers, args.lazy_mode, args.keep_qk, name, args.lora)
+        plan = plan_conversion(
+            model, outfile, mmproj, args.outtype or "f16", args.lazy_layers, args.lazy_mode, args.keep_qk, name, *_parts(args, progress)
+        )
         shown = of_checkpoint(plan, args.lazy_mode)
     for warning in shown.warnings:
         print(f"{prog}: warning: {warning}", file=sys.stderr)
@@ -174,6 +186,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mmproj", type=Path, metavar="FILE", help="vision GGUF (default: mmproj-NAME-f16.gguf)")
     parser.add_argument(
         "--lora", type=Path, metavar="DIR", action="append", default=[], help="PEFT LoRA adapter to merge into the weights; repeatable"
+    )
+    parser.add_argument(
+        "--vision-tower",
+        metavar="DIR",
+        help="CLIP vision tower, a directory or a name on the Hub: of a checkpoint in the original LLaVA's layout, which only names it",
     )
     parser.add_argument(
         "--outtype", choices=list(OUTTYPES), help="type of the weight matrices (default: f16; of a GGUF: as they are)"

@@ -14,6 +14,7 @@ from .lazy_keys import MODES, add_lazy_keys
 from .lazy_layers import leaders_of, parse_layers
 from .lora import merge_adapters
 from .mmproj import add_vision_keys, read_image_params, vision_tensors
+from .original_llava import find_source
 from .outtypes import OUTTYPES
 from .plan import OutputTensor, TensorPicker
 from .tensor_names import canonical_tensors
@@ -58,8 +59,9 @@ def convert(
     progress: bool = False,
     name: str | None = None,
     adapters: Sequence[Path] = (),
+    vision_tower: Path | None = None,
 ) -> ConversionResult:
-    """Converts a Hugging Face ``LlavaForConditionalGeneration`` directory to a text GGUF and an mmproj GGUF.
+    """Converts a Hugging Face ``LlavaForConditionalGeneration`` directory, or an original LLaVA one, to a text GGUF and an mmproj GGUF.
 
     Both files appear together when both are complete; on any failure neither does and existing ones stay as they were.
 
@@ -75,6 +77,7 @@ def convert(
         progress: Show a progress bar on stderr.
         name: ``general.name``; the directory's by default.
         adapters: Directories of PEFT LoRA adapters, merged in this order.
+        vision_tower: Directory of the CLIP vision tower, for a checkpoint in the original LLaVA's layout.
 
     Returns:
         What was written.
@@ -85,7 +88,7 @@ def convert(
         OSError: A file can't be written.
     """
     targets = [outfile] if mmproj is None else [outfile, mmproj]
-    plan = plan_conversion(directory, outfile, mmproj, outtype, lazy_layers, lazy_mode, keep_qk, name, adapters)
+    plan = plan_conversion(directory, outfile, mmproj, outtype, lazy_layers, lazy_mode, keep_qk, name, adapters, vision_tower)
     total = sum(tensor.source.nbytes for file in plan.files for tensor in file.tensors)
     with (
         plan.checkpoint,
@@ -144,6 +147,7 @@ def plan_conversion(
     keep_qk: bool,
     name: str | None,
     adapters: Sequence[Path],
+    vision_tower: Path | None,
 ) -> ConversionPlan:
     """Checks everything that can be checked without weights, and plans both files. The arguments are those of ``convert``.
 
@@ -160,20 +164,21 @@ def plan_conversion(
     targets = [outfile] if mmproj is None else [outfile, mmproj]
     check_targets(targets)
 
-    params = read_hparams(directory)
+    source = find_source(directory, vision_tower, adapters)
+    params = read_hparams(source.config_path, source.config)
     warnings = list(params.warnings)
     n_layer = params.text.n_layer
     lazy = parse_layers(lazy_layers, n_layer) if isinstance(lazy_layers, str) else sorted(lazy_layers)
     checkpoint = Checkpoint(directory)
-    inputs = {entry.path.resolve() for entry in checkpoint.tensors.values()}
+    tensors = merge_adapters({**source.tower, **canonical_tensors(checkpoint.tensors)}, adapters)
+    inputs = {path.resolve() for entry in tensors.values() for path in entry.paths}
     if overwritten := [target for target in targets if target.resolve() in inputs]:
         raise ValueError(f"{overwritten[0]}: is part of the checkpoint itself")
     # before anything is sized by the configuration's numbers: the weights bear them out
-    picker = TensorPicker(merge_adapters(canonical_tensors(checkpoint.tensors), adapters))
-    text_plan, vision_plan = _plans(picker, params, outtype, lazy if lazy_mode == "global" and not keep_qk else ())
+    text_plan, vision_plan = _plans(TensorPicker(tensors), params, outtype, lazy if lazy_mode == "global" and not keep_qk else ())
     leaders = leaders_of(lazy, n_layer)
     vocab = read_vocab(directory, params.text.n_vocab, params.token_ids, warnings)
-    images = read_image_params(directory, params.vision, warnings)
+    images = read_image_params(source.images_path, params.vision, warnings)
     title = name or directory.resolve().name
 
     def text_keys(writer: GGUFWriter) -> None:

@@ -69,8 +69,8 @@ def _merged(tensors: Mapping[str, TensorEntry], directory: Path) -> dict[str, Te
     for entry in entries:
         if _PAIR.fullmatch(entry.name) is None:
             name = canonical_name(_WHOLE.sub("", _without_prefix(entry.name)))
-            # a tied model's output matrix may be trained apart
-            if name in result or (name not in tensors and name != "lm_head.weight"):
+            # a tied model's output matrix may be trained apart, and the original LLaVA's base has no projector
+            if name in result or (name not in tensors and name != "lm_head.weight" and not name.startswith("projector.")):
                 raise ConversionError(f"{entry.path}: {entry.name!r} is neither a LoRA matrix nor a tensor of the checkpoint")
             result[name] = entry
     for module, (a, b, embedding) in pairs.items():

@@ -28,6 +28,7 @@ def convert_auto(
     progress: bool = False,
     name: str | None = None,
     adapters: Sequence[Path] = (),
+    vision_tower: Path | None = None,
 ) -> tuple[ConversionResult, Calibration]:
     """Converts a Hugging Face LLaVA directory with lazy layers chosen by calibration on the converted model.
 
@@ -43,6 +44,7 @@ def convert_auto(
         progress: Show progress bars on stderr.
         name: As for ``convert``.
         adapters: As for ``convert``.
+        vision_tower: As for ``convert``.
 
     Returns:
         What was written, and what the choice rests on.
@@ -58,7 +60,8 @@ def convert_auto(
     with tempfile.TemporaryDirectory(dir=outfile.parent, prefix=f".{outfile.name}.") as folder:
         plain = Path(folder) / outfile.name
         with AtomicFiles([mmproj, outfile]) as files:
-            result = convert(directory, plain, files.path(mmproj), outtype, progress=progress, name=name, adapters=adapters)
+            parts = {"name": name, "adapters": adapters, "vision_tower": vision_tower}
+            result = convert(directory, plain, files.path(mmproj), outtype, progress=progress, **parts)
             chosen = _calibrated(plain, files.path(mmproj), settings, progress)
             made = _lazy_copy(plain, files.path(outfile), chosen.leaders, settings.mode, keep_qk, chosen, progress)
             files.commit()

@@ -32,6 +32,11 @@ class TensorEntry:
         """Size of the stored data in bytes, of a type that weights have."""
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
+    @property
+    def paths(self) -> set[Path]:
+        """The files its values come from."""
+        return {self.path}.union(*(delta.a.paths | delta.b.paths for delta in self.deltas))
+
 
 @dataclass(frozen=True)
 class LowRank:

@@ -6,6 +6,7 @@
 | `language_model.lm_head.X`, `lm_head.X`                                 | `lm_head.X`   |
 | `vision_tower.vision_model.X`, `vision_tower.X`, `model.vision_tower.X` | `vision.X`    |
 | `multi_modal_projector.X`, `model.multi_modal_projector.X`              | `projector.X` |
+| the original LLaVA's `model.X` and `model.mm_projector.X`               | see original_llava.py |
 
 transformers 4 wrote the first form and from 4.52 on keeps the last in memory; transformers 5 saves `language_model.model.X`
 but `vision_tower.X` without `vision_model`.
@@ -18,6 +19,10 @@ from .errors import ConversionError
 from .tensor_entry import TensorEntry
 
 _RULES = (
+    (re.compile(r"model\.((?:layers|embed_tokens|norm)\..+)"), "text."),
+    (re.compile(r"model\.mm_projector\.0\.(.+)"), "projector.linear_1."),
+    (re.compile(r"model\.mm_projector\.2\.(.+)"), "projector.linear_2."),
+    (re.compile(r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?(.+)"), "vision."),
     (re.compile(r"(?:model\.)?language_model\.lm_head\.(.+)"), "lm_head."),
     (re.compile(r"(?:model\.)?language_model\.(?:model\.)?(.+)"), "text."),
     (re.compile(r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)"), "vision."),
