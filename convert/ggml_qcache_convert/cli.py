@@ -63,7 +63,7 @@ def _run(args: argparse.Namespace) -> tuple[ConversionResult, Calibration | None
     model, outfile, mmproj, name = _paths(args, progress)
     if mmproj is None:
         return make_lazy(
-            model, outfile, args.lazy_layers, args.lazy_mode, args.keep_qk, settings, args.mmproj_in, progress, args.outtype
+            model, outfile, args.lazy_layers, args.lazy_mode, args.keep_qk, settings, args.mmproj_in, progress, args.outtype, args.imatrix
         )
     outtype = args.outtype or "f16"
     parts = _parts(args, progress)
@@ -101,11 +101,12 @@ def _paths(args: argparse.Namespace, progress: bool) -> tuple[Path, Path, Path |
     return model, outfile, mmproj, name
 
 
-def _parts(args: argparse.Namespace, progress: bool) -> tuple[list[Path], Path | None]:
-    """Gives what a checkpoint is completed with: adapters and a vision tower, fetched from the Hub if need be."""
-    if args.vision_tower is None:
-        return args.lora, None
-    return args.lora, fetch(args.vision_tower, None, progress) if is_hub_id(args.vision_tower) else Path(args.vision_tower)
+def _parts(args: argparse.Namespace, progress: bool) -> tuple[list[Path], Path | None, Path | None]:
+    """Gives what a checkpoint is completed with: adapters, a vision tower, fetched from the Hub if need be, an importance matrix."""
+    tower = args.vision_tower
+    if tower is not None:
+        tower = fetch(tower, None, progress) if is_hub_id(tower) else Path(tower)
+    return args.lora, tower, args.imatrix
 
 
 def _dry_run(args: argparse.Namespace, prog: str) -> int:
@@ -194,6 +195,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--outtype", choices=list(OUTTYPES), help="type of the weight matrices (default: f16; of a GGUF: as they are)"
+    )
+    parser.add_argument(
+        "--imatrix", type=Path, metavar="FILE", help="importance matrix in llama.cpp's GGUF form, for a quantised --outtype"
     )
     parser.add_argument(
         "--lazy-layers",

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from .checkpoint import Checkpoint
 from .errors import ConversionError
 from .hparams import LlavaParams, read_hparams
+from .imatrix import add_imatrix_keys, checked_imatrix, with_importance
 from .lazy_keys import MODES, add_lazy_keys
 from .lazy_layers import leaders_of, parse_layers
 from .lora import merge_adapters
@@ -60,6 +61,7 @@ def convert(
     name: str | None = None,
     adapters: Sequence[Path] = (),
     vision_tower: Path | None = None,
+    imatrix: Path | None = None,
 ) -> ConversionResult:
     """Converts a Hugging Face ``LlavaForConditionalGeneration`` directory, or an original LLaVA one, to a text GGUF and an mmproj GGUF.
 
@@ -78,6 +80,7 @@ def convert(
         name: ``general.name``; the directory's by default.
         adapters: Directories of PEFT LoRA adapters, merged in this order.
         vision_tower: Directory of the CLIP vision tower, for a checkpoint in the original LLaVA's layout.
+        imatrix: Importance matrix in llama.cpp's GGUF form, for quantised types.
 
     Returns:
         What was written.
@@ -88,7 +91,7 @@ def convert(
         OSError: A file can't be written.
     """
     targets = [outfile] if mmproj is None else [outfile, mmproj]
-    plan = plan_conversion(directory, outfile, mmproj, outtype, lazy_layers, lazy_mode, keep_qk, name, adapters, vision_tower)
+    plan = plan_conversion(directory, outfile, mmproj, outtype, lazy_layers, lazy_mode, keep_qk, name, adapters, vision_tower, imatrix)
     total = sum(tensor.source.nbytes for file in plan.files for tensor in file.tensors)
     with (
         plan.checkpoint,
@@ -148,6 +151,7 @@ def plan_conversion(
     name: str | None,
     adapters: Sequence[Path],
     vision_tower: Path | None,
+    imatrix: Path | None,
 ) -> ConversionPlan:
     """Checks everything that can be checked without weights, and plans both files. The arguments are those of ``convert``.
 
@@ -176,6 +180,9 @@ def plan_conversion(
         raise ValueError(f"{overwritten[0]}: is part of the checkpoint itself")
     # before anything is sized by the configuration's numbers: the weights bear them out
     text_plan, vision_plan = _plans(TensorPicker(tensors), params, outtype, lazy if lazy_mode == "global" and not keep_qk else ())
+    importance = None if imatrix is None else checked_imatrix(imatrix, outtype)
+    if importance is not None:
+        text_plan = with_importance(text_plan, importance)
     leaders = leaders_of(lazy, n_layer)
     vocab = read_vocab(directory, params.text.n_vocab, params.token_ids, warnings)
     images = read_image_params(source.images_path, params.vision, warnings)
@@ -185,6 +192,8 @@ def plan_conversion(
         add_text_keys(writer, params.text, title, OUTTYPES[outtype].file_type)
         add_vocab_keys(writer, vocab)
         add_lazy_keys(writer, lazy, lazy_mode, n_layer)
+        if importance is not None:
+            add_imatrix_keys(writer, importance)
 
     def vision_keys(writer: GGUFWriter) -> None:
         add_vision_keys(writer, params.vision, images, params.text.n_embd, title, OUTTYPES[_vision_outtype(outtype)].file_type)

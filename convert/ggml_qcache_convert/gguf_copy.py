@@ -10,7 +10,8 @@ from gguf.quants import dequantize
 
 from .calibration import Corrections
 from .errors import ConversionError
-from .outtypes import OutType, quantised
+from .imatrix import Imatrix, add_imatrix_keys, check_some_fit
+from .outtypes import FLOATS, OutType, quantised
 from .writer import CHUNK, stored_bytes, stored_layout
 
 _QK = re.compile(r"blk\.(\d+)\.attn_[qk]\.(weight|bias)")
@@ -94,6 +95,7 @@ def copy_with_keys(
     advance: Callable[[int], object],
     corrections: Corrections | None = None,
     outtype: OutType | None = None,
+    imatrix: Imatrix | None = None,
 ) -> None:
     """Writes a copy without the source's ``qcache.*`` keys and biases on visual keys.
 
@@ -105,9 +107,10 @@ def copy_with_keys(
         advance: Called with the bytes copied since the last call.
         corrections: New weights, and the biases on visual keys.
         outtype: Types of the weight matrices; None: as they are.
+        imatrix: Importance of the inputs of matrices that are quantised anew.
 
     Raises:
-        ConversionError: The source lacks q and k of a layer that is to keep them.
+        ConversionError: The source lacks q and k of a layer that is to keep them; the importance matrix is of another model.
         OSError: The file can't be written.
     """
     plan = plan_copy(reader, without_qk, outtype)
@@ -125,6 +128,11 @@ def copy_with_keys(
         writer.kv_data[0].pop("general.file_type", None)
         writer.add_file_type(outtype.file_type)
     biases = _vis_biases(corrections)
+    importance = {}
+    if imatrix is not None:
+        importance = {tensor.name: imatrix.of(tensor.name, shape) for tensor, shape, qtype in plan if qtype not in FLOATS}
+        check_some_fit(imatrix, (found is not None for found in importance.values()))
+        add_imatrix_keys(writer, imatrix)
     for tensor, shape, qtype in plan:
         stored, dtype = stored_layout(shape, qtype)
         writer.add_tensor_info(tensor.name, stored, dtype, stored_bytes(shape, qtype), qtype)
@@ -135,7 +143,7 @@ def copy_with_keys(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor, _, qtype in plan:
-            writer.write_tensor_data(_stored(tensor, qtype, replaced.get(tensor.name)))
+            writer.write_tensor_data(_stored(tensor, qtype, replaced.get(tensor.name), importance.get(tensor.name)))
             advance(tensor.data.nbytes)
         for values in biases.values():
             writer.write_tensor_data(values)
@@ -156,9 +164,11 @@ def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
     return tuple(int(n) for n in reversed(tensor.shape))
 
 
-def _stored(tensor: ReaderTensor, qtype: GGMLQuantizationType, new: np.ndarray | None) -> np.ndarray:
+def _stored(
+    tensor: ReaderTensor, qtype: GGMLQuantizationType, new: np.ndarray | None, importance: np.ndarray | None
+) -> np.ndarray:
     """A tensor's bytes: its own, or new values, or its own in another type. Holds a chunk of it as floats, never all of it."""
-    if new is not None:
+    if new is not None:  # its inputs may be others, and in another order
         return quantised(new, qtype)
     if qtype == tensor.tensor_type:
         return np.asarray(tensor.data)
@@ -167,5 +177,5 @@ def _stored(tensor: ReaderTensor, qtype: GGMLQuantizationType, new: np.ndarray |
     step = max(1, CHUNK // int(tensor.shape[0]))
     for start in range(0, len(result), step):
         values = dequantize(tensor.data[start : start + step], tensor.tensor_type)
-        result[start : start + step] = quantised(np.asarray(values, dtype=np.float32), qtype)
+        result[start : start + step] = quantised(np.asarray(values, dtype=np.float32), qtype, importance)
     return result

@@ -20,6 +20,7 @@ class OutputTensor:
         shape: Shape with the outermost dimension first, as numpy and safetensors have it (ggml's is reversed).
         qtype: Stored type.
         source: Stored tensor it is read from, or its values.
+        importance: Of each input when it is quantised, f32 ``[shape[-1]]``.
         rope_head_dim: Head size when the rows of each head must be reordered for interleaved RoPE, else 0.
     """
 
@@ -28,6 +29,7 @@ class OutputTensor:
     qtype: GGMLQuantizationType
     source: TensorEntry | np.ndarray[Any, np.dtype[np.float32]]
     rope_head_dim: int = 0
+    importance: np.ndarray[Any, np.dtype[np.float32]] | None = None
 
 
 class TensorPicker:

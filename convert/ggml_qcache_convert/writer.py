@@ -123,7 +123,7 @@ def _converted(tensor: OutputTensor, checkpoint: Checkpoint, advance: Callable[[
         if not np.isfinite(values).all():
             raise _not_finite(entry, checkpoint, step)
         with np.errstate(over="ignore"):
-            stored = quantised(values, tensor.qtype)
+            stored = quantised(values, tensor.qtype, tensor.importance)
         if tensor.qtype == GGMLQuantizationType.F16 and np.isinf(stored).any():
             raise ConversionError(
                 f"{entry.path}: tensor {entry.name!r} has values up to {np.abs(values).max():g}, over f16's range; "
