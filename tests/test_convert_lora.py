@@ -176,6 +176,8 @@ def test_command(tmp_path: Path, base: tuple[Path, Any], adapter: Path, monkeypa
     assert main([str(base[0]), "--outfile", "m.gguf", "--mmproj", "mm.gguf", "--outtype", "q8_0", "--lora", str(adapter), "--quiet"]) == 0
     convert(base[0], Path("n.gguf"), None, "q8_0", adapters=[adapter])
     assert Path("m.gguf").read_bytes() == Path("n.gguf").read_bytes()
+    assert main([str(base[0]), "--lora", str(adapter), "--lora", str(adapter), "--dry-run"]) == 0
+    assert "layers.1.self_attn.q_proj.weight + LoRA + LoRA" in capsys.readouterr().out
     assert main(["m.gguf", "--lora", str(adapter)]) == 1
     assert "--lora goes with a checkpoint, not with a GGUF" in capsys.readouterr().err
     assert main([str(base[0]), "--lora", str(tmp_path / "none"), "--outfile", "x.gguf"]) == 1

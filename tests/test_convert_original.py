@@ -12,8 +12,11 @@ import pytest
 import torch
 from gguf import GGUFReader
 from hf_models import build_llava, edit_json
+from mtmd_encoder import encoder
 from safetensors.torch import load_file, save_file
+from test_vision import cosines, picture
 from transformers import CLIPModel, CLIPVisionModel, LlavaForConditionalGeneration
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ggml_qcache_convert import ConversionError, convert
 from ggml_qcache_convert.cli import main
@@ -180,13 +183,46 @@ def _small_clip() -> Any:
     return CLIPConfig(text_config={**small, "vocab_size": 8}, vision_config={**small, "image_size": 8, "patch_size": 8}, projection_dim=2)
 
 
+def test_a_linear_projector(tmp_path: Path, model: tuple[Path, LlavaForConditionalGeneration]) -> None:
+    """mtmd has no projector of one matrix: it is written as one with GELU that comes to the same."""
+    hf, llava = model
+    checkpoint, tower = split(hf, llava, tmp_path)
+    tensors = torch.load(checkpoint / "pytorch_model.bin", weights_only=True)
+    for name in [name for name in tensors if "mm_projector" in name]:
+        del tensors[name]
+    torch.manual_seed(2)
+    weight, bias = torch.randn(64, 32) * 0.2, torch.randn(64) * 0.2
+    tensors |= {"model.mm_projector.weight": weight, "model.mm_projector.bias": bias}
+    torch.save(tensors, checkpoint / "pytorch_model.bin")
+    edit_json(checkpoint / "config.json", mm_projector_type="linear")
+    processor = CLIPImageProcessorPil.from_pretrained(tower)
+    image = picture(100, 100, 1)
+    pixels = torch.from_numpy(np.asarray(processor(images=[image], return_tensors="np")["pixel_values"]))
+    with torch.no_grad():
+        expected = llava.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][0, 1:] @ weight.T + bias
+    for outtype in ("f32", "q8_0"):
+        convert(checkpoint, tmp_path / "m.gguf", tmp_path / "mm.gguf", outtype, vision_tower=tower)
+        with encoder(tmp_path / "m.gguf", tmp_path / "mm.gguf", 64) as encode:
+            got = encode(image)
+        assert cosines(got, expected.numpy()).min() >= 0.999 and np.abs(got - expected.numpy()).max() < 0.05
+    edit_json(checkpoint / "config.json", mm_projector_type=None)  # the original's default
+    convert(checkpoint, tmp_path / "n.gguf", tmp_path / "nn.gguf", "q8_0", vision_tower=tower)
+    assert (tmp_path / "nn.gguf").read_bytes() == (tmp_path / "mm.gguf").read_bytes()
+
+
+def _without(checkpoint: Path, name: str) -> None:
+    tensors = torch.load(checkpoint / "pytorch_model.bin", weights_only=True)
+    del tensors[f"model.{name}"]
+    torch.save(tensors, checkpoint / "pytorch_model.bin")
+
+
 def config(**changes: object) -> Callable[[Path, Path], None]:
     return lambda checkpoint, tower: edit_json(checkpoint / "config.json", **changes)
 
 
 CASES = {
-    "linear": (config(mm_projector_type="linear"), "config.json: mm_projector_type 'linear' isn't supported; supported: 'mlp2x_gelu'"),
-    "no-projector-type": (config(mm_projector_type=None), "mm_projector_type 'linear' isn't supported"),
+    "projector": (config(mm_projector_type="mlp3x_gelu"), "config.json: mm_projector_type 'mlp3x_gelu' isn't supported; supported: 'mlp2x_gelu'"),
+    "projector-lacks": (lambda checkpoint, tower: _without(checkpoint, "mm_projector.2.bias"), "no tensor 'projector.linear_2.bias'"),
     "resampler": (config(mm_resampler_type="perceiver"), "mm_resampler_type 'perceiver' isn't supported"),
     "anyres": (config(image_aspect_ratio="anyres"), "image_aspect_ratio 'anyres' isn't supported; supported: 'pad', 'square'"),
     "start-end": (config(mm_use_im_start_end=True), "mm_use_im_start_end True isn't supported"),

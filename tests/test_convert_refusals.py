@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from hf_models import PATTERNS, build_llava, edit_json
 from safetensors.torch import load_file, save_file
 
 from ggml_qcache_convert import ConversionError, convert
 from ggml_qcache_convert.cli import main
+from ggml_qcache_convert.make_lazy import make_lazy
 
 
 @pytest.fixture(scope="module")
@@ -422,3 +424,13 @@ def test_command_says_what_it_refuses(
     output = capsys.readouterr()
     assert status == 1 and output.out == ""
     assert output.err.startswith("convert_to_gguf: error: ") and output.err.count("\n") == 1 and Q in output.err
+
+
+def test_a_gguf_with_nan_is_not_quantised(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    convert(checkpoints["spm"], tmp_path / "m.gguf", None, "f32")
+    file = GGUFReader(tmp_path / "m.gguf", "r+")
+    next(tensor for tensor in file.tensors if tensor.name == "blk.1.attn_q.weight").data[3, 7] = np.nan
+    del file
+    with pytest.raises(ConversionError, match="'blk.1.attn_q.weight' of the GGUF has 1 NaN or infinite values"):
+        make_lazy(tmp_path / "m.gguf", tmp_path / "n.gguf", outtype="q4_0")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]

@@ -53,7 +53,7 @@ def of_checkpoint(plan: ConversionPlan, mode: str) -> DryRun:
     for file in plan.files:
         lines = []
         for tensor in file.tensors:
-            source = tensor.source.name if isinstance(tensor.source, TensorEntry) else "(computed)"
+            source = tensor.source.name + " + LoRA" * len(tensor.source.deltas) if isinstance(tensor.source, TensorEntry) else "(computed)"
             lines.append(TensorLine(tensor.name, source, tensor.qtype, tensor.shape))
         files.append((file.path, file.arch, lines))
     return DryRun(tuple(files), plan.leaders, mode, plan.warnings)

@@ -177,5 +177,7 @@ def _stored(
     step = max(1, CHUNK // int(tensor.shape[0]))
     for start in range(0, len(result), step):
         values = dequantize(tensor.data[start : start + step], tensor.tensor_type)
+        if not np.isfinite(values).all():
+            raise ConversionError(f"tensor {tensor.name!r} of the GGUF has {int((~np.isfinite(values)).sum())} NaN or infinite values")
         result[start : start + step] = quantised(np.asarray(values, dtype=np.float32), qtype, importance)
     return result

@@ -8,6 +8,7 @@ its base is a plain language model.
 |-----------------------------------------------|----------------------------------------------|
 | `model.X`                                     | `text.X`                                     |
 | `model.mm_projector.0.X`, `.2.X`              | `projector.linear_1.X`, `projector.linear_2.X` |
+| `model.mm_projector.X` of type `linear`       | `projector.linear.X`                         |
 | `model.vision_tower.vision_tower.vision_model.X` | `vision.X` (a tower that was trained too)  |
 | `vision_model.X` of the vision tower          | `vision.X`                                   |
 """
@@ -96,7 +97,7 @@ def _translated(path: Path, config: Mapping[str, Any], vision: Any) -> dict[str,
     model_type = config.get("model_type")
     supported("model_type", model_type, *_TEXT)
     # the original's own default
-    supported("mm_projector_type", config.get("mm_projector_type", "linear"), "mlp2x_gelu")
+    supported("mm_projector_type", config.get("mm_projector_type", "linear"), "mlp2x_gelu", "linear")
     supported("mm_resampler_type", config.get("mm_resampler_type"), None)
     supported("image_aspect_ratio", config.get("image_aspect_ratio", "square"), "pad", "square")
     supported("mm_use_im_start_end", config.get("mm_use_im_start_end", False), False)

@@ -21,6 +21,7 @@ class OutputTensor:
         qtype: Stored type.
         source: Stored tensor it is read from, or its values.
         importance: Of each input when it is quantised, f32 ``[shape[-1]]``.
+        mirrored: The source's rows are followed by their negatives.
         rope_head_dim: Head size when the rows of each head must be reordered for interleaved RoPE, else 0.
     """
 
@@ -30,6 +31,7 @@ class OutputTensor:
     source: TensorEntry | np.ndarray[Any, np.dtype[np.float32]]
     rope_head_dim: int = 0
     importance: np.ndarray[Any, np.dtype[np.float32]] | None = None
+    mirrored: bool = False
 
 
 class TensorPicker:

@@ -22,6 +22,7 @@ _RULES = (
     (re.compile(r"model\.((?:layers|embed_tokens|norm)\..+)"), "text."),
     (re.compile(r"model\.mm_projector\.0\.(.+)"), "projector.linear_1."),
     (re.compile(r"model\.mm_projector\.2\.(.+)"), "projector.linear_2."),
+    (re.compile(r"model\.mm_projector\.(weight|bias)"), "projector.linear."),
     (re.compile(r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?(.+)"), "vision."),
     (re.compile(r"(?:model\.)?language_model\.lm_head\.(.+)"), "lm_head."),
     (re.compile(r"(?:model\.)?language_model\.(?:model\.)?(.+)"), "text."),

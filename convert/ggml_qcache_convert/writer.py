@@ -114,7 +114,7 @@ def _converted(tensor: OutputTensor, checkpoint: Checkpoint, advance: Callable[[
     shape, dtype = stored_layout(tensor.shape, tensor.qtype)
     result = np.empty(shape, dtype)
     n_row = entry.shape[0]
-    rows = result.reshape(n_row, -1)
+    rows = result.reshape(tensor.shape[0], -1)
     target = _interleaved_rows(n_row, tensor.rope_head_dim) if tensor.rope_head_dim else np.arange(n_row)
     step = max(1, CHUNK * n_row // max(1, int(np.prod(entry.shape, dtype=np.int64))))
     for start in range(0, n_row, step):
@@ -130,6 +130,8 @@ def _converted(tensor: OutputTensor, checkpoint: Checkpoint, advance: Callable[[
                 "use --outtype bf16 or f32"
             )
         rows[target[start:stop]] = stored
+        if tensor.mirrored:
+            rows[n_row + start : n_row + stop] = quantised(-values, tensor.qtype)
         advance((stop - start) * (entry.nbytes // n_row))
     return result
 
