@@ -113,6 +113,7 @@ def test_without_network_the_cache_has_to_do(hub: HubServer, monkeypatch: pytest
         (["lab/none"], "lab/none: has no weights: none of model.safetensors, pytorch_model.bin"),
         (["lab--x/y"], "isn't the name of a model on the Hub"),
         ([ID, "--outfile", "missing/m.gguf"], "its directory missing doesn't exist"),
+        ([ID, "--lora", "nowhere"], "nowhere: no such file or directory"),
         ([ID, "--mmproj-in", "m.gguf"], "--mmproj-in goes with a GGUF"),
         ([".", "--revision", "v1.0"], "--revision goes with the name of a model on the Hub, and . is a path"),
     ],

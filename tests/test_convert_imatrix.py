@@ -16,14 +16,14 @@ from ggml_qcache_convert.cli import main
 from ggml_qcache_convert.make_lazy import make_lazy
 from ggml_qcache_convert.outtypes import OUTTYPES
 
-N_LAYER = 9
+N_LAYER = 8
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint and its f32 GGUF."""
     folder = tmp_path_factory.mktemp("model")
-    # rows of 288 values are no whole blocks of 256; 9 layers have one in the first eighth
+    # rows of 288 values are no whole blocks of 256; 8 layers have one in the first eighth
     build_llava(folder / "hf", n_layer=N_LAYER, hidden=256, n_ff=288)
     convert(folder / "hf", folder / "f32.gguf", None, "f32")
     return folder / "hf", folder / "f32.gguf"
@@ -75,7 +75,7 @@ def quantised_by_llama_cpp(source: Path, target: Path, outtype: str, means: dict
     assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)) == 0
 
 
-@pytest.mark.parametrize("outtype", ["q4_k_m", "q5_k_m", "q6_k", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"])
+@pytest.mark.parametrize("outtype", ["q4_k_m", "q6_k", "q4_0", "q5_1", "q8_0"])
 def test_bytes_are_those_of_llama_cpp(tmp_path: Path, model: tuple[Path, Path], outtype: str) -> None:
     checkpoint, f32 = model
     means = write_imatrix(tmp_path / "i.gguf", f32)
@@ -148,5 +148,6 @@ def test_command(tmp_path: Path, model: tuple[Path, Path], monkeypatch: pytest.M
         ([f32, "--imatrix", "old.dat", "--outtype", "q4_0"], "the older .dat form isn't read"),
         ([f32, "--imatrix", "none.gguf", "--outtype", "q4_0"], "No such file"),
     ):
-        assert main([*arguments, "--outfile", "x.gguf"]) == 1
-        assert message in capsys.readouterr().err and not Path("x.gguf").exists()
+        for more in ([], ["--dry-run"]):
+            assert main([*arguments, *more, "--outfile", "x.gguf"]) == 1
+            assert message in capsys.readouterr().err and not Path("x.gguf").exists()

@@ -135,6 +135,7 @@ CASES = {
     "rank-zero": (config(r=0), "rank of 'model.language_model.layers.0.mlp.down_proj' must be a positive integer, got 0"),
     "alpha": (config(lora_alpha="16"), "must be a positive number, got '16'"),
     "pattern": (config(alpha_pattern={"(": 3}), "alpha_pattern '(' isn't a regular expression"),
+    "patterns": (config(rank_pattern=[4]), "rank_pattern must be an object, got [4]"),
     "no-partner": (weights(lambda t: t.pop(B)), f"'{A}' has no partner"),
     "elsewhere": (
         weights(lambda t: t.update({key.replace("layers.1", "layers.7"): t.pop(key) for key in (A, B)})),

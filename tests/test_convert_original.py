@@ -228,7 +228,7 @@ CASES = {
     "start-end": (config(mm_use_im_start_end=True), "mm_use_im_start_end True isn't supported"),
     "select": (config(mm_vision_select_feature="cls_patch"), "mm_vision_select_feature 'cls_patch' isn't supported"),
     "model-type": (config(model_type="llava_mpt"), "model_type 'llava_mpt' isn't supported; supported: 'llava', 'llava_llama'"),
-    "architecture": (config(architectures=["LlavaMptForCausalLM"]), "architecture 'LlavaMptForCausalLM' isn't supported"),
+    "architecture": (config(architectures=["LlavaMptForCausalLM"]), "architectures ['LlavaMptForCausalLM'] isn't supported"),
     "layer": (config(mm_vision_select_layer=-9), "-9 isn't one of the 4 hidden states"),
     "no-tower-config": (lambda checkpoint, tower: (tower / "config.json").unlink(), "clip/config.json: can't be read"),
     "other-tower": (

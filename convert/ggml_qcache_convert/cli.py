@@ -96,7 +96,10 @@ def _paths(args: argparse.Namespace, progress: bool) -> tuple[Path, Path, Path |
     outfile = args.outfile or Path(f"{name}-{outtype}.gguf")
     mmproj = args.mmproj or Path(f"mmproj-{name}-{'f32' if outtype == 'f32' else 'f16'}.gguf")
     if on_hub:
-        check_targets([outfile, mmproj])  # before what may be a long download
+        # before what may be a long download
+        check_targets([outfile, mmproj])
+        if missing := [path for path in (*args.lora, args.imatrix) if path is not None and not path.exists()]:
+            raise ValueError(f"{missing[0]}: no such file or directory")
         model = fetch(args.model, args.revision, progress)
     return model, outfile, mmproj, name
 
@@ -120,7 +123,7 @@ def _dry_run(args: argparse.Namespace, prog: str) -> int:
     progress = not (args.no_progress or args.quiet)
     model, outfile, mmproj, name = _paths(args, progress)
     if mmproj is None:
-        shown = of_gguf(model, outfile, args.lazy_layers, args.lazy_mode, args.keep_qk, args.outtype)
+        shown = of_gguf(model, outfile, args.lazy_layers, args.lazy_mode, args.keep_qk, args.outtype, args.imatrix)
     else:
         plan = plan_conversion(
             model, outfile, mmproj, args.outtype or "f16", args.lazy_layers, args.lazy_mode, args.keep_qk, name, *_parts(args, progress)

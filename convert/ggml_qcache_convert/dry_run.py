@@ -11,6 +11,7 @@ from rich.text import Text
 
 from .conversion import ConversionPlan, check_targets
 from .gguf_copy import architecture, n_layers, open_text_gguf, plan_copy
+from .imatrix import checked_imatrix, importance_of
 from .lazy_layers import leaders_of, parse_layers
 from .outtypes import OUTTYPES
 from .tensor_entry import TensorEntry
@@ -59,11 +60,14 @@ def of_checkpoint(plan: ConversionPlan, mode: str) -> DryRun:
     return DryRun(tuple(files), plan.leaders, mode, plan.warnings)
 
 
-def of_gguf(model: Path, outfile: Path, lazy_layers: str, mode: str, keep_qk: bool, outtype: str | None) -> DryRun:
+def of_gguf(
+    model: Path, outfile: Path, lazy_layers: str, mode: str, keep_qk: bool, outtype: str | None, imatrix: Path | None
+) -> DryRun:
     """Shows the copy of a text GGUF; the arguments are those of ``make_lazy``.
 
     Raises:
-        ConversionError: A damaged file, or one that lacks q and k of a layer that is to keep them.
+        ConversionError: A damaged file, one that lacks q and k of a layer that is to keep them, or an importance matrix of another
+            model.
         ValueError: An argument is invalid.
         OSError: The file can't be read.
     """
@@ -72,6 +76,8 @@ def of_gguf(model: Path, outfile: Path, lazy_layers: str, mode: str, keep_qk: bo
     leaders = leaders_of(parse_layers(lazy_layers, n_layers(reader)), n_layers(reader))
     left_out = [layer for layer, leader in enumerate(leaders) if leader != layer] if mode == "global" and not keep_qk else []
     tensors = plan_copy(reader, left_out, None if outtype is None else OUTTYPES[outtype])
+    if imatrix is not None:
+        importance_of(checked_imatrix(imatrix, outtype), ((tensor.name, shape, qtype) for tensor, shape, qtype in tensors))
     lines = [TensorLine(tensor.name, tensor.name, GGMLQuantizationType(qtype), shape) for tensor, shape, qtype in tensors]
     return DryRun(((outfile, architecture(reader) or "", lines),), leaders, mode)
 

@@ -10,8 +10,8 @@ from gguf.quants import dequantize
 
 from .calibration import Corrections
 from .errors import ConversionError
-from .imatrix import Imatrix, add_imatrix_keys, check_some_fit
-from .outtypes import FLOATS, OutType, quantised
+from .imatrix import Imatrix, add_imatrix_keys, importance_of
+from .outtypes import OutType, quantised
 from .writer import CHUNK, stored_bytes, stored_layout
 
 _QK = re.compile(r"blk\.(\d+)\.attn_[qk]\.(weight|bias)")
@@ -130,8 +130,7 @@ def copy_with_keys(
     biases = _vis_biases(corrections)
     importance = {}
     if imatrix is not None:
-        importance = {tensor.name: imatrix.of(tensor.name, shape) for tensor, shape, qtype in plan if qtype not in FLOATS}
-        check_some_fit(imatrix, (found is not None for found in importance.values()))
+        importance = importance_of(imatrix, ((tensor.name, shape, qtype) for tensor, shape, qtype in plan))
         add_imatrix_keys(writer, imatrix)
     for tensor, shape, qtype in plan:
         stored, dtype = stored_layout(shape, qtype)

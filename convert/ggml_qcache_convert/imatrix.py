@@ -1,13 +1,13 @@
 """Importance matrices in llama.cpp's GGUF form, made by its `llama-imatrix`: how much each input of a matrix matters when it is quantised."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
 from .errors import ConversionError
 from .outtypes import FLOATS, OUTTYPES
@@ -51,7 +51,7 @@ def read_imatrix(path: Path) -> Imatrix:
         raise
     except Exception as error:  # the reader runs into whatever a damaged file leads it to
         raise ConversionError(f"{path}: isn't an importance matrix in GGUF form, or damaged ({error}); the older .dat form isn't read") from error
-    kind = _key(reader, "general.type", "")
+    kind = _key(path, reader, "general.type", "")
     if kind != "imatrix":
         raise ConversionError(f"{path}: isn't an importance matrix: general.type is {kind!r}")
     tensors = {tensor.name: np.asarray(tensor.data) for tensor in reader.tensors}
@@ -73,7 +73,7 @@ def read_imatrix(path: Path) -> Imatrix:
         values[matrix] = sums.reshape(-1) / count if count > 0 else np.ones(sums.size, np.float32)
     if not values:
         raise ConversionError(f"{path}: has no tensors NAME{_SUMS}")
-    return Imatrix(path, values, _key(reader, "imatrix.datasets", []), _key(reader, "imatrix.chunk_count", 0))
+    return Imatrix(path, values, _key(path, reader, "imatrix.datasets", []), _key(path, reader, "imatrix.chunk_count", 0))
 
 
 def checked_imatrix(path: Path, outtype: str | None) -> Imatrix:
@@ -88,24 +88,29 @@ def checked_imatrix(path: Path, outtype: str | None) -> Imatrix:
     return read_imatrix(path)
 
 
-def with_importance(plan: Sequence[OutputTensor], imatrix: Imatrix) -> list[OutputTensor]:
-    """Gives the planned tensors with the importance of their inputs.
+def importance_of(
+    imatrix: Imatrix, tensors: Iterable[tuple[str, tuple[int, ...], GGMLQuantizationType]]
+) -> dict[str, npt.NDArray[np.float32] | None]:
+    """Gives the importance of the inputs of each tensor that is quantised.
+
+    Args:
+        imatrix: The importance matrix.
+        tensors: Names, shapes (outermost dimension first) and types.
 
     Raises:
         ConversionError: The importance matrix is of another model: a width differs, or nothing fits.
     """
-    result = [
-        tensor if tensor.qtype in FLOATS else replace(tensor, importance=imatrix.of(tensor.name, tensor.shape)) for tensor in plan
-    ]
-    check_some_fit(imatrix, (tensor.importance is not None for tensor in result))
+    result = {name: imatrix.of(name, shape) for name, shape, qtype in tensors if qtype not in FLOATS}
+    if all(found is None for found in result.values()):
+        named = ", ".join(list(imatrix.values)[:3])
+        raise ConversionError(f"{imatrix.path}: has none of the model's quantised tensors; it is of {named}, ...")
     return result
 
 
-def check_some_fit(imatrix: Imatrix, fits: Any) -> None:
-    """Raises a ConversionError when no quantised tensor is in the importance matrix."""
-    if not any(fits):
-        named = ", ".join(list(imatrix.values)[:3])
-        raise ConversionError(f"{imatrix.path}: has none of the model's quantised tensors; it is of {named}, ...")
+def with_importance(plan: Sequence[OutputTensor], imatrix: Imatrix) -> list[OutputTensor]:
+    """Gives the planned tensors with the importance of their inputs; raises as ``importance_of``."""
+    importance = importance_of(imatrix, ((tensor.name, tensor.shape, tensor.qtype) for tensor in plan))
+    return [replace(tensor, importance=importance.get(tensor.name)) for tensor in plan]
 
 
 def add_imatrix_keys(writer: GGUFWriter, imatrix: Imatrix) -> None:
@@ -117,9 +122,9 @@ def add_imatrix_keys(writer: GGUFWriter, imatrix: Imatrix) -> None:
     writer.add_uint32("quantize.imatrix.chunks_count", imatrix.n_chunks)
 
 
-def _key(reader: GGUFReader, name: str, default: Any) -> Any:
+def _key(path: Path, reader: GGUFReader, name: str, default: Any) -> Any:
     field = reader.get_field(name)
     value = default if field is None else field.contents()
     if type(value) is not type(default):
-        raise ConversionError(f"key {name!r} is {value!r}, expected a {type(default).__name__}")
+        raise ConversionError(f"{path}: key {name!r} is {value!r}, expected a {type(default).__name__}")
     return value

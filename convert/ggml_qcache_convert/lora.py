@@ -119,8 +119,10 @@ def _checked_config(path: Path) -> dict[str, Any]:
 
 def _by_pattern(path: Path, config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
     """The value of the first pattern that the end of a module's name matches, as PEFT looks it up."""
-    value = default
-    for pattern, given in (config.get(key) or {}).items():
+    value, patterns = default, config.get(key) or {}
+    if not isinstance(patterns, Mapping):
+        raise ConversionError(f"{path}: {key} must be an object, got {patterns!r}")
+    for pattern, given in patterns.items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 value = given

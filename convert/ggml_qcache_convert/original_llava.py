@@ -92,8 +92,7 @@ def _translated(path: Path, config: Mapping[str, Any], vision: Any) -> dict[str,
         if value not in values:
             raise ConversionError(f"{path}: {key} {value!r} isn't supported; supported: {', '.join(map(repr, values))}")
 
-    for architecture in config.get("architectures") or []:
-        supported("architecture", architecture, *_ARCHITECTURES)
+    supported("architectures", config.get("architectures"), None, [], *([name] for name in _ARCHITECTURES))
     model_type = config.get("model_type")
     supported("model_type", model_type, *_TEXT)
     # the original's own default

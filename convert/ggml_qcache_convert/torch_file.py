@@ -8,7 +8,6 @@ no data. It tells where in the file each storage lies; the data itself is then r
 import pickle
 import re
 import zipfile
-from bisect import bisect_right
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +67,11 @@ def _torch(path: Path) -> Any:
     return torch
 
 
-def _records(path: Path) -> list[tuple[int, int, int]]:
-    """Start, size of the content and end of each member of the archive, in the order they lie."""
+def _records(path: Path) -> dict[int, int]:
+    """Size of each member of the archive by where its content starts."""
     try:
         with zipfile.ZipFile(path) as archive:
-            members = sorted(archive.infolist(), key=lambda member: member.header_offset)
-            end = archive.start_dir
+            members = archive.infolist()
             order = next((archive.read(member) for member in members if member.filename.endswith("/byteorder") and member.file_size < 16), b"little")
     except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
         raise ConversionError(
@@ -84,11 +82,18 @@ def _records(path: Path) -> list[tuple[int, int, int]]:
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED:
             raise ConversionError(f"{path}: {member.filename!r} in it is compressed, which torch.save never does")
-    ends = [member.header_offset for member in members[1:]] + [end]
-    return [(member.header_offset, member.file_size, stop) for member, stop in zip(members, ends)]
+    records = {}
+    with path.open("rb") as file:
+        for member in members:
+            # the directory doesn't tell how long a member's own header is: 30 bytes, a name and torch's padding
+            file.seek(member.header_offset)
+            header = file.read(30)
+            start = member.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+            records[start] = member.file_size
+    return records
 
 
-def _entry(path: Path, name: Any, tensor: "torch.Tensor", records: list[tuple[int, int, int]]) -> TensorEntry:
+def _entry(path: Path, name: Any, tensor: "torch.Tensor", records: dict[int, int]) -> TensorEntry:
     """Where a tensor's bytes are, once it is known that they are inside its archive member."""
     import torch
 
@@ -104,13 +109,13 @@ def _entry(path: Path, name: Any, tensor: "torch.Tensor", records: list[tuple[in
         )
     storage = tensor.untyped_storage()
     start = getattr(storage, "_checkpoint_offset", None)  # documented in torch's notes on serialization
-    if start is None:
-        raise ConversionError(f"{path}: tensor {name!r} has no data in the file")
+    # torch reckons it from how torch.save lays a file out
+    if start not in records:
+        raise ConversionError(f"{path}: the data of tensor {name!r} isn't where torch.save puts it; load the file and save it again")
     first = tensor.storage_offset() * tensor.element_size()
     nbytes = tensor.numel() * tensor.element_size()
-    header, size, stop = records[max(0, bisect_right(records, (start, 0, 0)) - 1)]
-    if not header < start <= stop - size or first + nbytes > size:
+    if first + nbytes > records[start]:
         raise ConversionError(
-            f"{path}: tensor {name!r} of shape {list(shape)} needs {first + nbytes} bytes, its storage in the file has {size}"
+            f"{path}: tensor {name!r} of shape {list(shape)} needs {first + nbytes} bytes, its storage in the file has {records[start]}"
         )
     return TensorEntry(name, path, _DTYPES.get(dtype, dtype), shape, start + first)
