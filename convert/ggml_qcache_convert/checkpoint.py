@@ -160,5 +160,5 @@ def _inside(path: Path) -> Path:
         allowed.append(directory.parent.parent / "blobs")
     target = path.resolve()
     if not any(target.is_relative_to(folder) for folder in allowed):
-        raise ConversionError(f"{path}: is a link to {target}, outside the checkpoint directory")
+        raise ConversionError(f"{path}: is a link to {target}, outside the checkpoint directory; put the file itself there")
     return path
