@@ -10,12 +10,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import bench_calibration
+import bench_conversion
 import bench_decode
 import report
 from engines import LlamaCppEngine, LlamaCppModel, QcacheEngine
+from make_checkpoint import make_checkpoint
 from make_model import PRESETS, make_model
+from test_convert_text import hf_logits, llama_logits
+from transformers import LlavaForConditionalGeneration
 
 from ggml_qcache.native import Model
+from ggml_qcache_convert import convert
 
 SHRINK = {"llava-1.5-7b": 16, "llava-1.5-13b": 20, "llava-next-mistral-7b": 8, "llava-onevision-0.5b": 2, "llava-onevision-7b": 4}
 # f16 differs in how attention rounds; quantised weights meet activations of eight bits, rounded the other way now and then
@@ -161,3 +166,28 @@ def test_calibration_benchmark(tmp_path, capsys):
 def test_extrapolation():
     assert bench_calibration.extrapolated([2, 4, 6], [5, 9, 13], 1, 32) == pytest.approx(65)
     assert bench_calibration.extrapolated([2, 4, 6], [4, 16, 36], 2, 32) == pytest.approx(1024)
+
+
+def test_checkpoint_is_one_of_transformers(tmp_path: Path) -> None:
+    total = make_checkpoint(tmp_path / "hf", n_layer=2, shrink=16, shard_bytes=2_000_000)
+    shards = sorted(tmp_path.glob("hf/*.safetensors"))
+    assert len(shards) > 2 and sum(file.stat().st_size for file in shards) > total
+    model, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", output_loading_info=True, dtype="float32")
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    convert(tmp_path / "hf", tmp_path / "m.gguf", tmp_path / "mm.gguf", "f32")
+    ids = np.random.default_rng(0).integers(4, 300, 24).tolist()
+    logits = llama_logits(tmp_path / "m.gguf", ids)
+    expected = hf_logits(model, ids)
+    assert 0.05 < expected.std() < 50 and np.mean((logits - expected) ** 2) / np.mean(expected**2) < 1e-5
+    with pytest.raises(ValueError, match="at least one layer, got 0"):
+        make_checkpoint(tmp_path / "none", n_layer=0)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_conversion_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "conversion.json"
+    assert bench_conversion.main(["--layers", "1", "--outtypes", "q8_0", "--shrink", "16", "--folder", str(tmp_path), "--json", str(path)]) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["seconds"] > 0 and 0 < row["peak_bytes"] < 1e9 and 0 < row["written_bytes"] < row["read_bytes"]
+    assert "1 layers, q8_0:" in capsys.readouterr().out and list(tmp_path.iterdir()) == [path]

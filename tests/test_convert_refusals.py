@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from hf_models import PATTERNS, build_llava, edit_json
 from safetensors.torch import load_file, save_file
 
 from ggml_qcache_convert import ConversionError, convert
 from ggml_qcache_convert.cli import main
+from ggml_qcache_convert.make_lazy import make_lazy
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,11 @@ def set_pattern(pattern: str) -> Callable[[Path], None]:
     return apply
 
 
+def smaller_vocabulary(path: Path) -> None:
+    tensors(lambda t: t.update({n: t[n][:100].clone() for n in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")}))(path)
+    config(text_config__vocab_size=100)(path)
+
+
 Q = "language_model.model.layers.1.self_attn.q_proj.weight"
 CASES = {
     # configuration
@@ -208,12 +215,12 @@ CASES = {
     "no-weights": (
         "spm",
         remove("model.safetensors"),
-        "has neither model.safetensors nor model.safetensors.index.json",
+        "has no weights: neither model.safetensors nor model.safetensors.index.json, pytorch_model.bin nor",
     ),
-    "pickle": (
+    "not-a-pickle": (
         "spm",
         lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"),
-        "pytorch_model.bin is a pickle",
+        "pytorch_model.bin: isn't a readable PyTorch file",
     ),
     "truncated": ("spm", truncate, "model.safetensors: isn't a readable safetensors file"),
     "huge-header": ("spm", huge_header, "model.safetensors: isn't a readable safetensors file"),
@@ -322,7 +329,17 @@ CASES = {
         file_json("tokenizer.json", model__merges=[["a"]]),
         "merge ['a'] isn't a pair of tokens",
     ),
-    "too-many-tokens": ("spm", config(text_config__vocab_size=100), "tokens, the model only 100 embeddings"),
+    "too-many-tokens": ("spm", smaller_vocabulary, "tokens, the model only 100 embeddings"),
+    "huge-vocabulary": (
+        "spm",
+        config(text_config__vocab_size=2**31 - 1),
+        "embed_tokens.weight' has shape [566, 64], the configuration needs [2147483647, 64]",
+    ),
+    "huge-depth": (
+        "spm",
+        config(text_config__num_hidden_layers=2**31 - 1),
+        "no tensor 'text.layers.2.input_layernorm.weight' of shape [64]",
+    ),
     "bos-unknown": (
         "spm",
         file_json("tokenizer_config.json", bos_token="<start>"),
@@ -382,7 +399,8 @@ def test_refused_with_nothing_written(tmp_path: Path, checkpoints: dict[str, Pat
         ({"outfile": "hf"}, "is a directory"),
         ({"outfile": "mm.gguf"}, "can't be both the text model and the mmproj"),
         ({"outfile": "hf/model.safetensors"}, "is part of the checkpoint itself"),
-        ({"directory": "nowhere"}, "isn't a directory"),
+        ({"directory": "nowhere"}, "nowhere: no such file or directory"),
+        ({"directory": "hf/config.json"}, "config.json: isn't a directory"),
     ],
 )
 def test_arguments(tmp_path: Path, checkpoints: dict[str, Path], arguments: dict[str, object], message: str) -> None:
@@ -406,3 +424,13 @@ def test_command_says_what_it_refuses(
     output = capsys.readouterr()
     assert status == 1 and output.out == ""
     assert output.err.startswith("convert_to_gguf: error: ") and output.err.count("\n") == 1 and Q in output.err
+
+
+def test_a_gguf_with_nan_is_not_quantised(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    convert(checkpoints["spm"], tmp_path / "m.gguf", None, "f32")
+    file = GGUFReader(tmp_path / "m.gguf", "r+")
+    next(tensor for tensor in file.tensors if tensor.name == "blk.1.attn_q.weight").data[3, 7] = np.nan
+    del file
+    with pytest.raises(ConversionError, match="'blk.1.attn_q.weight' of the GGUF has 1 NaN or infinite values"):
+        make_lazy(tmp_path / "m.gguf", tmp_path / "n.gguf", outtype="q4_0")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]

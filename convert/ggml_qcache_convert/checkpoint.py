@@ -1,44 +1,27 @@
-"""Safetensors checkpoints: which tensor lies where, and rows of it as float32, without ever holding a whole file.
-
-The safetensors library validates each file's header (sizes, overlaps, length). The data is read here with plain file
-reads: the library has no numpy bfloat16, and its memory map would count the whole model as resident.
-"""
+"""Checkpoints of safetensors or PyTorch files: which tensor lies where, and rows of it as float32, without ever holding a whole file."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from .errors import ConversionError
 from .jsonfile import read_json
+from .safetensors_file import read_safetensors_header
+from .tensor_entry import ITEM_SIZE, TensorEntry
+from .torch_file import read_torch_header
 
-_ITEM_SIZE = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 _NUMPY_TYPE = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One stored tensor: where its bytes are and what they mean."""
-
-    name: str
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the stored data in bytes."""
-        return math.prod(self.shape) * _ITEM_SIZE[self.dtype]
+# in the order of preference: files of several formats hold the same model
+_READERS = {"model.safetensors": read_safetensors_header, "pytorch_model.bin": read_torch_header}
+WEIGHT_FILES = tuple(_READERS)  # whole, or in shards that NAME.index.json names
 
 
 class Checkpoint:
-    """The tensors of a directory with ``model.safetensors`` or a ``model.safetensors.index.json`` and its shards.
+    """The tensors of a directory's ``model.safetensors`` or ``pytorch_model.bin``, or of the shards their ``.index.json`` names.
 
     A context manager: files are opened on first use and closed at the end.
 
@@ -53,42 +36,37 @@ class Checkpoint:
             directory: The checkpoint directory.
 
         Raises:
-            ConversionError: No safetensors weights, a missing or damaged file, an index that points outside the
-                directory or names a tensor its shard lacks, or a tensor of an unsupported type.
+            ConversionError: No weights, a missing or damaged file, one that lies outside the directory, or an index that
+                names a tensor its shard lacks.
         """
         self.tensors: dict[str, TensorEntry] = {}
         self._files: dict[Path, BinaryIO] = {}
-        single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-        if single.exists():
-            self.tensors = _read_header(single)
-        elif index.exists():
-            self._read_index(index)
-        else:
-            pickles = sorted(path.name for path in directory.glob("*.bin"))
-            hint = f"; {pickles[0]} is a pickle, which isn't read: save the model as safetensors" if pickles else ""
-            raise ConversionError(f"{directory}: has neither model.safetensors nor model.safetensors.index.json{hint}")
+        for name, read_header in _READERS.items():
+            single, index = directory / name, directory / f"{name}.index.json"
+            if single.exists():
+                self.tensors = read_header(_inside(single))
+                return
+            if index.exists():
+                self._read_index(index, read_header)
+                return
+        names = ", ".join(f"{name} nor {name}.index.json" for name in WEIGHT_FILES)
+        raise ConversionError(f"{directory}: has no weights: neither {names}")
 
-    def _read_index(self, index: Path) -> None:
+    def _read_index(self, index: Path, read_header: Callable[[Path], dict[str, TensorEntry]]) -> None:
         """Reads the shards an index file names."""
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, Mapping) or not weight_map:
-            raise ConversionError(f"{index}: has no weight_map")
-        for name, shard in weight_map.items():
-            # a shard is a bare file name beside the index; anything else could read files elsewhere
-            if not isinstance(shard, str) or shard in ("", ".", "..") or any(c in shard for c in "/\\\0"):
-                raise ConversionError(f"{index}: tensor {name!r} points to {shard!r}, which isn't a plain file name")
-        shards = sorted(set(weight_map.values()))
+        shard_of = weight_map(index)
+        shards = sorted(set(shard_of.values()))
         missing = [shard for shard in shards if not (index.parent / shard).is_file()]
         if missing:
             raise ConversionError(f"{index}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}")
-        headers = {shard: _read_header(index.parent / shard) for shard in shards}
-        for name, shard in weight_map.items():
+        headers = {shard: read_header(_inside(index.parent / shard)) for shard in shards}
+        for name, shard in shard_of.items():
             if name not in headers[shard]:
                 raise ConversionError(f"{index}: tensor {name!r} isn't in {shard}, where the index has it")
             self.tensors[name] = headers[shard][name]
 
     def read_rows(self, entry: TensorEntry, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Reads rows ``start`` to ``stop`` of a tensor.
+        """Reads rows ``start`` to ``stop`` of a tensor, its deltas added.
 
         Args:
             entry: The tensor.
@@ -99,13 +77,31 @@ class Checkpoint:
             float32 ``[stop - start, product of the other dimensions]``.
 
         Raises:
-            ConversionError: The file ends early.
+            ConversionError: The file ends early, or a delta has NaN or infinite values.
         """
+        values = self._stored_rows(entry, start, stop)
+        for delta in entry.deltas:
+            a = self._finite(delta.a, 0, delta.a.shape[0])
+            if delta.transposed:
+                values += delta.scale * (self._finite(delta.b, 0, delta.b.shape[0]) @ a[:, start:stop]).T
+            else:
+                values += delta.scale * (self._finite(delta.b, start, stop) @ a)
+        return values
+
+    def _finite(self, entry: TensorEntry, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Rows of one factor of a delta, checked here: in the sum nobody could tell whose fault a NaN is."""
+        values = self._stored_rows(entry, start, stop)
+        if not np.isfinite(values).all():
+            count = int((~np.isfinite(values)).sum())
+            raise ConversionError(f"{entry.path}: tensor {entry.name!r} has {count} NaN or infinite values in rows {start} to {stop}")
+        return values
+
+    def _stored_rows(self, entry: TensorEntry, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         row = math.prod(entry.shape[1:])
         if entry.path not in self._files:
             self._files[entry.path] = entry.path.open("rb")
         file = self._files[entry.path]
-        file.seek(entry.offset + start * row * _ITEM_SIZE[entry.dtype])
+        file.seek(entry.offset + start * row * ITEM_SIZE[entry.dtype])
         data = np.fromfile(file, dtype=_NUMPY_TYPE[entry.dtype], count=(stop - start) * row)
         if data.size != (stop - start) * row:
             raise ConversionError(f"{entry.path}: ends inside tensor {entry.name!r}, rows {start} to {stop}")
@@ -124,22 +120,45 @@ class Checkpoint:
         self._files.clear()
 
 
-def _read_header(path: Path) -> dict[str, TensorEntry]:
-    """Lists the tensors of one safetensors file."""
-    try:
-        with safe_open(path, framework="np") as file:
-            names = file.offset_keys()
-            slices = {name: file.get_slice(name) for name in names}
-            shapes = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise ConversionError(f"{path}: isn't a readable safetensors file: {error}") from error
-    with path.open("rb") as file:
-        offset = 8 + int.from_bytes(file.read(8), "little")
-    entries: dict[str, TensorEntry] = {}
-    # the library guarantees that the tensors fill the data section without holes, in this order
-    for name, (dtype, shape) in shapes.items():
-        if dtype not in _ITEM_SIZE:
-            raise ConversionError(f"{path}: tensor {name!r} is of type {dtype}; supported: {', '.join(_ITEM_SIZE)}")
-        entries[name] = TensorEntry(name, path, dtype, shape, offset)
-        offset += entries[name].nbytes
-    return entries
+def read_first(directory: Path, names: Sequence[str]) -> dict[str, TensorEntry]:
+    """Lists the tensors of the first of several files that is there.
+
+    Raises:
+        ConversionError: None is, or it is damaged or a link out of the directory.
+    """
+    for name in names:
+        if (directory / name).exists():
+            read_header = read_safetensors_header if name.endswith(".safetensors") else read_torch_header
+            return read_header(_inside(directory / name))
+    raise ConversionError(f"{directory}: has none of {', '.join(names)}")
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Reads which shard each tensor is in.
+
+    Raises:
+        ConversionError: No index, or one that names anything else than files beside it.
+    """
+    content = read_json(index).get("weight_map")
+    if not isinstance(content, Mapping) or not content:
+        raise ConversionError(f"{index}: has no weight_map")
+    for name, shard in content.items():
+        # anything but a bare file name could read files elsewhere
+        if not isinstance(shard, str) or shard in ("", ".", "..") or any(c in shard for c in "/\\\0"):
+            raise ConversionError(f"{index}: tensor {name!r} points to {shard!r}, which isn't a plain file name")
+    return dict(content)
+
+
+def _inside(path: Path) -> Path:
+    """Gives a file of a checkpoint directory back, once it is known that it is no link out of there.
+
+    In the Hugging Face cache a snapshot's files are links to ``../../blobs``: those belong to the checkpoint.
+    """
+    directory = path.parent.resolve()
+    allowed = [directory]
+    if directory.parent.name == "snapshots":
+        allowed.append(directory.parent.parent / "blobs")
+    target = path.resolve()
+    if not any(target.is_relative_to(folder) for folder in allowed):
+        raise ConversionError(f"{path}: is a link to {target}, outside the checkpoint directory; put the file itself there")
+    return path

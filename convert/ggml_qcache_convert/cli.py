@@ -5,8 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from .calibration import METRICS, Calibration, CalibrationSettings, check_report, write_report
-from .conversion import ConversionResult, convert
+from .conversion import ConversionResult, check_targets, convert, plan_conversion
+from .dry_run import draw, of_checkpoint, of_gguf
+from .hub import fetch, is_hub_id
 from .lazy_keys import MODES
 from .make_lazy import convert_auto, make_lazy
 from .outtypes import OUTTYPES
@@ -24,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
+        if args.dry_run:
+            return _dry_run(args, parser.prog)
         result, chosen = _run(args)
         if chosen is not None and args.report is not None:
             write_report(chosen, result.outfile.stem, args.report)
@@ -54,23 +60,81 @@ def _run(args: argparse.Namespace) -> tuple[ConversionResult, Calibration | None
         if settings is None:
             raise ValueError("--report shows what calibration found: it goes with --lazy-layers auto or a correction")
         check_report(args.report)
-    if args.model.is_file():
+    model, outfile, mmproj, name = _paths(args, progress)
+    if mmproj is None:
+        return make_lazy(
+            model, outfile, args.lazy_layers, args.lazy_mode, args.keep_qk, settings, args.mmproj_in, progress, args.outtype, args.imatrix
+        )
+    outtype = args.outtype or "f16"
+    parts = _parts(args, progress)
+    if settings is not None:
+        return convert_auto(model, outfile, mmproj, settings, outtype, args.keep_qk, progress, name, *parts)
+    return convert(model, outfile, mmproj, outtype, args.lazy_layers, args.lazy_mode, args.keep_qk, progress, name, *parts), None
+
+
+def _paths(args: argparse.Namespace, progress: bool) -> tuple[Path, Path, Path | None, str]:
+    """Gives the input, fetched from the Hub if need be, the outputs and the model's name; of a GGUF there is no mmproj.
+
+    Raises:
+        ValueError: The arguments don't go together.
+    """
+    model, on_hub = Path(args.model), is_hub_id(args.model)
+    if args.revision is not None and not on_hub:
+        raise ValueError(f"--revision goes with the name of a model on the Hub, and {args.model} is a path")
+    if model.is_file():
         if args.mmproj is not None:
             raise ValueError("--mmproj goes with a Hugging Face directory: a text GGUF has no vision tower in it")
-        outfile = args.outfile or Path(f"{args.model.stem}-lazy.gguf")
-        return make_lazy(
-            args.model, outfile, args.lazy_layers, args.lazy_mode, args.keep_qk, settings, args.mmproj_in, progress, args.outtype
-        )
+        for option, given in (("--lora", args.lora), ("--vision-tower", args.vision_tower)):
+            if given:
+                raise ValueError(f"{option} goes with a checkpoint, not with a GGUF")
+        return model, args.outfile or Path(f"{model.stem}-lazy.gguf"), None, model.stem
     if args.mmproj_in is not None:
         raise ValueError("--mmproj-in goes with a GGUF: a directory has its vision tower in it")
     outtype = args.outtype or "f16"
     # an empty name, as of "/", leaves "model"
-    name = args.model.resolve().name or "model"
+    name = model.resolve().name or "model"
     outfile = args.outfile or Path(f"{name}-{outtype}.gguf")
     mmproj = args.mmproj or Path(f"mmproj-{name}-{'f32' if outtype == 'f32' else 'f16'}.gguf")
-    if settings is not None:
-        return convert_auto(args.model, outfile, mmproj, settings, outtype, args.keep_qk, progress)
-    return convert(args.model, outfile, mmproj, outtype, args.lazy_layers, args.lazy_mode, args.keep_qk, progress), None
+    if on_hub:
+        # before what may be a long download
+        check_targets([outfile, mmproj])
+        if missing := [path for path in (*args.lora, args.imatrix) if path is not None and not path.exists()]:
+            raise ValueError(f"{missing[0]}: no such file or directory")
+        model = fetch(args.model, args.revision, progress)
+    return model, outfile, mmproj, name
+
+
+def _parts(args: argparse.Namespace, progress: bool) -> tuple[list[Path], Path | None, Path | None]:
+    """Gives what a checkpoint is completed with: adapters, a vision tower, fetched from the Hub if need be, an importance matrix."""
+    tower = args.vision_tower
+    if tower is not None:
+        tower = fetch(tower, None, progress) if is_hub_id(tower) else Path(tower)
+    return args.lora, tower, args.imatrix
+
+
+def _dry_run(args: argparse.Namespace, prog: str) -> int:
+    """Prints what would be written.
+
+    Raises:
+        ValueError: The arguments don't go together, or the input would be refused.
+    """
+    if _calibration_settings(args) is not None:
+        raise ValueError("--dry-run goes with named layers: to choose or correct them the model has to run")
+    progress = not (args.no_progress or args.quiet)
+    model, outfile, mmproj, name = _paths(args, progress)
+    if mmproj is None:
+        shown = of_gguf(model, outfile, args.lazy_layers, args.lazy_mode, args.keep_qk, args.outtype, args.imatrix)
+    else:
+        plan = plan_conversion(
+            model, outfile, mmproj, args.outtype or "f16", args.lazy_layers, args.lazy_mode, args.keep_qk, name, *_parts(args, progress)
+        )
+        shown = of_checkpoint(plan, args.lazy_mode)
+    for warning in shown.warnings:
+        print(f"{prog}: warning: {warning}", file=sys.stderr)
+    if not args.quiet:
+        # into a file or a pipe a line a tensor, however long
+        draw(shown, Console() if sys.stdout.isatty() else Console(width=200))
+    return 0
 
 
 def _calibration_settings(args: argparse.Namespace) -> CalibrationSettings | None:
@@ -117,14 +181,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "model",
-        type=Path,
         metavar="MODEL",
-        help="directory with config.json, safetensors and tokenizer; or a text GGUF, copied with other lazy layers",
+        help="directory with config.json, weights (safetensors or .bin) and tokenizer; or the name of a model on the Hugging Face Hub, "
+        "e.g. llava-hf/llava-1.5-7b-hf; or a text GGUF, copied with other lazy layers",
     )
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a model on the Hub (default: its main branch)")
     parser.add_argument("--outfile", type=Path, metavar="FILE", help="text GGUF (default: NAME-OUTTYPE.gguf)")
     parser.add_argument("--mmproj", type=Path, metavar="FILE", help="vision GGUF (default: mmproj-NAME-f16.gguf)")
     parser.add_argument(
+        "--lora", type=Path, metavar="DIR", action="append", default=[], help="PEFT LoRA adapter to merge into the weights; repeatable"
+    )
+    parser.add_argument(
+        "--vision-tower",
+        metavar="DIR",
+        help="CLIP vision tower, a directory or a name on the Hub: of a checkpoint in the original LLaVA's layout, which only names it",
+    )
+    parser.add_argument(
         "--outtype", choices=list(OUTTYPES), help="type of the weight matrices (default: f16; of a GGUF: as they are)"
+    )
+    parser.add_argument(
+        "--imatrix", type=Path, metavar="FILE", help="importance matrix in llama.cpp's GGUF form, for a quantised --outtype"
     )
     parser.add_argument(
         "--lazy-layers",
@@ -157,6 +233,11 @@ def _parser() -> argparse.ArgumentParser:
     both.add_argument("--calibration-prompts", type=Path, metavar="FILE", help="prompts, one a line (default: general ones)")
     both.add_argument("--seed", type=int, help="seed of the choice of pairs and rows (default: 0)")
     both.add_argument("--mmproj-in", type=Path, metavar="FILE", help="vision GGUF, where MODEL is a GGUF")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would be written, tensor by tensor; read no weights, write nothing (a model on the Hub is fetched first)",
+    )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
     return parser

@@ -1,6 +1,6 @@
 """Converts a Hugging Face LLaVA directory: checks everything that can be checked first, then streams both files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +10,12 @@ from tqdm import tqdm
 from .checkpoint import Checkpoint
 from .errors import ConversionError
 from .hparams import LlavaParams, read_hparams
+from .imatrix import add_imatrix_keys, checked_imatrix, with_importance
 from .lazy_keys import MODES, add_lazy_keys
 from .lazy_layers import leaders_of, parse_layers
+from .lora import merge_adapters
 from .mmproj import add_vision_keys, read_image_params, vision_tensors
+from .original_llava import find_source
 from .outtypes import OUTTYPES
 from .plan import OutputTensor, TensorPicker
 from .tensor_names import canonical_tensors
@@ -55,8 +58,12 @@ def convert(
     lazy_mode: str = "visual",
     keep_qk: bool = False,
     progress: bool = False,
+    name: str | None = None,
+    adapters: Sequence[Path] = (),
+    vision_tower: Path | None = None,
+    imatrix: Path | None = None,
 ) -> ConversionResult:
-    """Converts a Hugging Face ``LlavaForConditionalGeneration`` directory to a text GGUF and an mmproj GGUF.
+    """Converts a Hugging Face ``LlavaForConditionalGeneration`` directory, or an original LLaVA one, to a text GGUF and an mmproj GGUF.
 
     Both files appear together when both are complete; on any failure neither does and existing ones stay as they were.
 
@@ -70,6 +77,10 @@ def convert(
         keep_qk: Keep the q and k projections of lazy layers in global mode, so that the file also runs as a plain
             model.
         progress: Show a progress bar on stderr.
+        name: ``general.name``; the directory's by default.
+        adapters: Directories of PEFT LoRA adapters, merged in this order.
+        vision_tower: Directory of the CLIP vision tower, for a checkpoint in the original LLaVA's layout.
+        imatrix: Importance matrix in llama.cpp's GGUF form, for quantised types.
 
     Returns:
         What was written.
@@ -79,63 +90,118 @@ def convert(
         ValueError: An argument is invalid.
         OSError: A file can't be written.
     """
+    targets = [outfile] if mmproj is None else [outfile, mmproj]
+    plan = plan_conversion(directory, outfile, mmproj, outtype, lazy_layers, lazy_mode, keep_qk, name, adapters, vision_tower, imatrix)
+    total = sum(tensor.source.nbytes for file in plan.files for tensor in file.tensors)
+    with (
+        plan.checkpoint,
+        AtomicFiles(targets) as files,
+        tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="converting", disable=not progress) as bar,
+    ):
+        for file in plan.files:
+            write_gguf(files.path(file.path), file.arch, file.add_keys, file.tensors, plan.checkpoint, bar.update)
+        files.commit()
+    return ConversionResult(
+        outfile,
+        mmproj,
+        plan.files[0].arch,
+        len(plan.leaders),
+        plan.leaders,
+        outfile.stat().st_size,
+        0 if mmproj is None else mmproj.stat().st_size,
+        plan.warnings,
+    )
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A GGUF to write: its keys, and its tensors in order."""
+
+    path: Path
+    arch: str
+    add_keys: Callable[[GGUFWriter], None]
+    tensors: list[OutputTensor]
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """Everything that is known before weights are read.
+
+    Attributes:
+        checkpoint: Where they will be read from.
+        files: The text GGUF, and the mmproj if one is asked for.
+        leaders: Leader of each layer.
+        warnings: Remarks about what is converted but behaves differently.
+    """
+
+    checkpoint: Checkpoint
+    files: tuple[PlannedFile, ...]
+    leaders: tuple[int, ...]
+    warnings: tuple[str, ...]
+
+
+def plan_conversion(
+    directory: Path,
+    outfile: Path,
+    mmproj: Path | None,
+    outtype: str,
+    lazy_layers: str | Sequence[int],
+    lazy_mode: str,
+    keep_qk: bool,
+    name: str | None,
+    adapters: Sequence[Path],
+    vision_tower: Path | None,
+    imatrix: Path | None,
+) -> ConversionPlan:
+    """Checks everything that can be checked without weights, and plans both files. The arguments are those of ``convert``.
+
+    Raises:
+        ConversionError: The input is unsupported, damaged or inconsistent.
+        ValueError: An argument is invalid.
+    """
     if outtype not in OUTTYPES:
         raise ValueError(f"outtype {outtype!r} isn't one of {', '.join(OUTTYPES)}")
     if lazy_mode not in MODES:
         raise ValueError(f"lazy_mode {lazy_mode!r} isn't one of {', '.join(MODES)}")
     if not directory.is_dir():
-        raise ConversionError(f"{directory}: isn't a directory")
+        raise ConversionError(f"{directory}: isn't a directory" if directory.exists() else f"{directory}: no such file or directory")
     targets = [outfile] if mmproj is None else [outfile, mmproj]
     check_targets(targets)
 
-    params = read_hparams(directory)
+    source = find_source(directory, vision_tower, adapters)
+    params = read_hparams(source.config_path, source.config)
     warnings = list(params.warnings)
     n_layer = params.text.n_layer
     lazy = parse_layers(lazy_layers, n_layer) if isinstance(lazy_layers, str) else sorted(lazy_layers)
+    checkpoint = Checkpoint(directory)
+    tensors = merge_adapters({**source.tower, **canonical_tensors(checkpoint.tensors)}, adapters)
+    inputs = {path.resolve() for entry in tensors.values() for path in entry.paths}
+    if overwritten := [target for target in targets if target.resolve() in inputs]:
+        raise ValueError(f"{overwritten[0]}: is part of the checkpoint itself")
+    # before anything is sized by the configuration's numbers: the weights bear them out
+    text_plan, vision_plan = _plans(TensorPicker(tensors), params, outtype, lazy if lazy_mode == "global" and not keep_qk else ())
+    importance = None if imatrix is None else checked_imatrix(imatrix, outtype)
+    if importance is not None:
+        text_plan = with_importance(text_plan, importance)
     leaders = leaders_of(lazy, n_layer)
     vocab = read_vocab(directory, params.text.n_vocab, params.token_ids, warnings)
-    images = read_image_params(directory, params.vision, warnings)
+    images = read_image_params(source.images_path, params.vision, warnings)
+    title = name or directory.resolve().name
 
-    with Checkpoint(directory) as checkpoint:
-        inputs = {entry.path.resolve() for entry in checkpoint.tensors.values()}
-        if overwritten := [target for target in targets if target.resolve() in inputs]:
-            raise ValueError(f"{overwritten[0]}: is part of the checkpoint itself")
-        without_qk = lazy if lazy_mode == "global" and not keep_qk else ()
-        text_plan, vision_plan = _plans(checkpoint, params, outtype, without_qk)
-        name = directory.resolve().name
+    def text_keys(writer: GGUFWriter) -> None:
+        add_text_keys(writer, params.text, title, OUTTYPES[outtype].file_type)
+        add_vocab_keys(writer, vocab)
+        add_lazy_keys(writer, lazy, lazy_mode, n_layer)
+        if importance is not None:
+            add_imatrix_keys(writer, importance)
 
-        def text_keys(writer: GGUFWriter) -> None:
-            add_text_keys(writer, params.text, name, OUTTYPES[outtype].file_type)
-            add_vocab_keys(writer, vocab)
-            add_lazy_keys(writer, lazy, lazy_mode, n_layer)
+    def vision_keys(writer: GGUFWriter) -> None:
+        add_vision_keys(writer, params.vision, images, params.text.n_embd, title, OUTTYPES[_vision_outtype(outtype)].file_type)
 
-        def vision_keys(writer: GGUFWriter) -> None:
-            add_vision_keys(
-                writer, params.vision, images, params.text.n_embd, name, OUTTYPES[_vision_outtype(outtype)].file_type
-            )
-
-        plans = text_plan if mmproj is None else text_plan + vision_plan
-        total = sum(tensor.source.nbytes for tensor in plans)
-        with (
-            AtomicFiles(targets) as files,
-            tqdm(
-                total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="converting", disable=not progress
-            ) as bar,
-        ):
-            write_gguf(files.path(outfile), params.text.arch, text_keys, text_plan, checkpoint, bar.update)
-            if mmproj is not None:
-                write_gguf(files.path(mmproj), "clip", vision_keys, vision_plan, checkpoint, bar.update)
-            files.commit()
-    return ConversionResult(
-        outfile,
-        mmproj,
-        params.text.arch,
-        n_layer,
-        tuple(leaders),
-        outfile.stat().st_size,
-        0 if mmproj is None else mmproj.stat().st_size,
-        tuple(warnings),
-    )
+    files = [PlannedFile(outfile, params.text.arch, text_keys, text_plan)]
+    if mmproj is not None:
+        files.append(PlannedFile(mmproj, "clip", vision_keys, vision_plan))
+    return ConversionPlan(checkpoint, tuple(files), tuple(leaders), tuple(warnings))
 
 
 def check_targets(targets: Sequence[Path]) -> None:
@@ -155,10 +221,9 @@ def _vision_outtype(outtype: str) -> str:
 
 
 def _plans(
-    checkpoint: Checkpoint, params: LlavaParams, outtype: str, without_qk: Sequence[int]
+    picker: TensorPicker, params: LlavaParams, outtype: str, without_qk: Sequence[int]
 ) -> tuple[list[OutputTensor], list[OutputTensor]]:
     """Plans both files; together they must account for every tensor of the checkpoint."""
-    picker = TensorPicker(canonical_tensors(checkpoint.tensors))
     text = text_tensors(params.text, picker, OUTTYPES[outtype], without_qk)
     vision = vision_tensors(params.vision, params.text.n_embd, picker, OUTTYPES[_vision_outtype(outtype)].matrix)
     picker.refuse_leftovers()

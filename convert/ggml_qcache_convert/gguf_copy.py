@@ -10,8 +10,9 @@ from gguf.quants import dequantize
 
 from .calibration import Corrections
 from .errors import ConversionError
+from .imatrix import Imatrix, add_imatrix_keys, importance_of
 from .outtypes import OutType, quantised
-from .writer import CHUNK, stored_layout
+from .writer import CHUNK, stored_bytes, stored_layout
 
 _QK = re.compile(r"blk\.(\d+)\.attn_[qk]\.(weight|bias)")
 _VIS_BIAS = re.compile(r"blk\.\d+\.attn_vis_bias\.weight")
@@ -47,29 +48,21 @@ def n_layers(reader: GGUFReader) -> int | None:
     return None if field is None else field.contents()
 
 
-def copy_with_keys(
-    reader: GGUFReader,
-    target: Path,
-    add_keys: Callable[[GGUFWriter], None],
-    without_qk: Sequence[int],
-    advance: Callable[[int], object],
-    corrections: Corrections | None = None,
-    outtype: OutType | None = None,
-) -> None:
-    """Writes a copy without the source's ``qcache.*`` keys and biases on visual keys.
+def plan_copy(
+    reader: GGUFReader, without_qk: Sequence[int], outtype: OutType | None = None
+) -> list[tuple[ReaderTensor, tuple[int, ...], GGMLQuantizationType]]:
+    """Plans the tensors of a copy.
 
     Args:
         reader: The source.
-        target: File to create.
-        add_keys: Adds the new ones.
         without_qk: Layers whose q and k projections are left out.
-        advance: Called with the bytes copied since the last call.
-        corrections: New weights, and the biases on visual keys.
         outtype: Types of the weight matrices; None: as they are.
+
+    Returns:
+        The tensors that are kept, with their shapes (outermost dimension first) and new types.
 
     Raises:
         ConversionError: The source lacks q and k of a layer that is to keep them.
-        OSError: The file can't be written.
     """
     left_out = set(without_qk)
     kept = []
@@ -84,6 +77,43 @@ def copy_with_keys(
                 f"the GGUF has no blk.{layer}.attn_q.weight: layer {layer} was lazy in global mode when it was converted; "
                 "convert from the checkpoint, or from a file made with --keep-qk"
             )
+    n_layer, tied = n_layers(reader), "output.weight" not in names
+    plan = []
+    for tensor in kept:
+        shape, qtype = _shape(tensor), tensor.tensor_type
+        if outtype is not None and len(shape) == 2 and tensor.name.endswith(".weight"):
+            qtype = outtype.of(tensor.name, shape, n_layer, tied)
+        plan.append((tensor, shape, qtype))
+    return plan
+
+
+def copy_with_keys(
+    reader: GGUFReader,
+    target: Path,
+    add_keys: Callable[[GGUFWriter], None],
+    without_qk: Sequence[int],
+    advance: Callable[[int], object],
+    corrections: Corrections | None = None,
+    outtype: OutType | None = None,
+    imatrix: Imatrix | None = None,
+) -> None:
+    """Writes a copy without the source's ``qcache.*`` keys and biases on visual keys.
+
+    Args:
+        reader: The source.
+        target: File to create.
+        add_keys: Adds the new ones.
+        without_qk: Layers whose q and k projections are left out.
+        advance: Called with the bytes copied since the last call.
+        corrections: New weights, and the biases on visual keys.
+        outtype: Types of the weight matrices; None: as they are.
+        imatrix: Importance of the inputs of matrices that are quantised anew.
+
+    Raises:
+        ConversionError: The source lacks q and k of a layer that is to keep them; the importance matrix is of another model.
+        OSError: The file can't be written.
+    """
+    plan = plan_copy(reader, without_qk, outtype)
     writer = GGUFWriter(None, architecture(reader))
     writer.kv_data[0].clear()
     for name, field in reader.fields.items():
@@ -94,24 +124,25 @@ def copy_with_keys(
     if (alignment := reader.get_field("general.alignment")) is not None:
         writer.data_alignment = alignment.contents()
     replaced = {} if corrections is None else corrections.weights
-    types = {tensor.name: tensor.tensor_type for tensor in kept}
     if outtype is not None:
-        n_layer, tied = n_layers(reader), "output.weight" not in names
-        types |= {t.name: outtype.of(t.name, _shape(t), n_layer, tied) for t in kept if len(_shape(t)) == 2 and t.name.endswith(".weight")}
         writer.kv_data[0].pop("general.file_type", None)
         writer.add_file_type(outtype.file_type)
     biases = _vis_biases(corrections)
-    for tensor in kept:
-        shape, dtype = stored_layout(_shape(tensor), types[tensor.name])
-        writer.add_tensor_info(tensor.name, shape, dtype, int(np.prod(shape)) * dtype.itemsize, types[tensor.name])
+    importance = {}
+    if imatrix is not None:
+        importance = importance_of(imatrix, ((tensor.name, shape, qtype) for tensor, shape, qtype in plan))
+        add_imatrix_keys(writer, imatrix)
+    for tensor, shape, qtype in plan:
+        stored, dtype = stored_layout(shape, qtype)
+        writer.add_tensor_info(tensor.name, stored, dtype, stored_bytes(shape, qtype), qtype)
     for name, values in biases.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes, GGMLQuantizationType.F32)
     try:
         writer.write_header_to_file(target)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in kept:
-            writer.write_tensor_data(_stored(tensor, types[tensor.name], replaced.get(tensor.name)))
+        for tensor, _, qtype in plan:
+            writer.write_tensor_data(_stored(tensor, qtype, replaced.get(tensor.name), importance.get(tensor.name)))
             advance(tensor.data.nbytes)
         for values in biases.values():
             writer.write_tensor_data(values)
@@ -132,9 +163,11 @@ def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
     return tuple(int(n) for n in reversed(tensor.shape))
 
 
-def _stored(tensor: ReaderTensor, qtype: GGMLQuantizationType, new: np.ndarray | None) -> np.ndarray:
+def _stored(
+    tensor: ReaderTensor, qtype: GGMLQuantizationType, new: np.ndarray | None, importance: np.ndarray | None
+) -> np.ndarray:
     """A tensor's bytes: its own, or new values, or its own in another type. Holds a chunk of it as floats, never all of it."""
-    if new is not None:
+    if new is not None:  # its inputs may be others, and in another order
         return quantised(new, qtype)
     if qtype == tensor.tensor_type:
         return np.asarray(tensor.data)
@@ -143,5 +176,7 @@ def _stored(tensor: ReaderTensor, qtype: GGMLQuantizationType, new: np.ndarray |
     step = max(1, CHUNK // int(tensor.shape[0]))
     for start in range(0, len(result), step):
         values = dequantize(tensor.data[start : start + step], tensor.tensor_type)
-        result[start : start + step] = quantised(np.asarray(values, dtype=np.float32), qtype)
+        if not np.isfinite(values).all():
+            raise ConversionError(f"tensor {tensor.name!r} of the GGUF has {int((~np.isfinite(values)).sum())} NaN or infinite values")
+        result[start : start + step] = quantised(np.asarray(values, dtype=np.float32), qtype, importance)
     return result

@@ -176,11 +176,12 @@ class _Section:
         return ConversionError(f"{self.where}{key} {value!r} isn't supported; supported: {supported}")
 
 
-def read_hparams(directory: Path) -> LlavaParams:
+def read_hparams(directory: Path, config: Mapping[str, Any] | None = None) -> LlavaParams:
     """Reads and checks ``config.json``.
 
     Args:
         directory: The checkpoint directory.
+        config: What the file says, where it is in other terms than Hugging Face's.
 
     Returns:
         The hyper-parameters, complete and consistent.
@@ -190,7 +191,7 @@ def read_hparams(directory: Path) -> LlavaParams:
             that is missing, of the wrong type or contradicts another.
     """
     path = directory / "config.json"
-    root = _Section(f"{path}: ", read_json(path), {})
+    root = _Section(f"{path}: ", read_json(path) if config is None else config, {})
     architectures = root.get("architectures") or []
     if architectures != ["LlavaForConditionalGeneration"] and (architectures or root.get("model_type") != "llava"):
         named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures

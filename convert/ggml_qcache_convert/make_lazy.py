@@ -12,6 +12,7 @@ from .calibration import Calibration, CalibrationSettings, calibrate
 from .conversion import ConversionResult, check_targets, convert
 from .errors import ConversionError
 from .gguf_copy import architecture, copy_with_keys, n_layers, open_text_gguf
+from .imatrix import Imatrix, checked_imatrix
 from .lazy_keys import MODES, add_calibration_keys, add_lazy_keys
 from .lazy_layers import leaders_of, parse_layers
 from .outtypes import OUTTYPES, OutType
@@ -26,6 +27,10 @@ def convert_auto(
     outtype: str = "f16",
     keep_qk: bool = False,
     progress: bool = False,
+    name: str | None = None,
+    adapters: Sequence[Path] = (),
+    vision_tower: Path | None = None,
+    imatrix: Path | None = None,
 ) -> tuple[ConversionResult, Calibration]:
     """Converts a Hugging Face LLaVA directory with lazy layers chosen by calibration on the converted model.
 
@@ -39,6 +44,10 @@ def convert_auto(
         outtype: As for ``convert``.
         keep_qk: As for ``convert``.
         progress: Show progress bars on stderr.
+        name: As for ``convert``.
+        adapters: As for ``convert``.
+        vision_tower: As for ``convert``.
+        imatrix: As for ``convert``.
 
     Returns:
         What was written, and what the choice rests on.
@@ -54,7 +63,8 @@ def convert_auto(
     with tempfile.TemporaryDirectory(dir=outfile.parent, prefix=f".{outfile.name}.") as folder:
         plain = Path(folder) / outfile.name
         with AtomicFiles([mmproj, outfile]) as files:
-            result = convert(directory, plain, files.path(mmproj), outtype, progress=progress)
+            parts = {"name": name, "adapters": adapters, "vision_tower": vision_tower, "imatrix": imatrix}
+            result = convert(directory, plain, files.path(mmproj), outtype, progress=progress, **parts)
             chosen = _calibrated(plain, files.path(mmproj), settings, progress)
             made = _lazy_copy(plain, files.path(outfile), chosen.leaders, settings.mode, keep_qk, chosen, progress)
             files.commit()
@@ -75,6 +85,7 @@ def make_lazy(
     mmproj_in: Path | None = None,
     progress: bool = False,
     outtype: str | None = None,
+    imatrix: Path | None = None,
 ) -> tuple[ConversionResult, Calibration | None]:
     """Copies a text GGUF with lazy layers given or chosen; its weights stay as they are, quantised ones too.
 
@@ -89,6 +100,7 @@ def make_lazy(
         progress: Show progress bars on stderr.
         outtype: Store the weight matrices so, a key of ``OUTTYPES``; None: as they are. With ``settings`` the file is written
             twice.
+        imatrix: Importance matrix for ``outtype``, in llama.cpp's GGUF form.
 
     Returns:
         What was written (no mmproj), and what the choice rests on.
@@ -107,6 +119,7 @@ def make_lazy(
     check_targets([outfile])
     reader = open_text_gguf(model)
     types = None if outtype is None else OUTTYPES[outtype]
+    importance = None if imatrix is None else checked_imatrix(imatrix, outtype)
     chosen = None
     with AtomicFiles([outfile]) as files, contextlib.ExitStack() as stack:
         if settings is not None:
@@ -117,14 +130,14 @@ def make_lazy(
                 # it is calibrated as it will be
                 folder = stack.enter_context(tempfile.TemporaryDirectory(dir=outfile.parent, prefix=f".{outfile.name}."))
                 plain = Path(folder) / outfile.name
-                _lazy_copy(model, plain, range(n_layers(reader)), mode, keep_qk, None, progress, types)
-                model, types = plain, None
+                _lazy_copy(model, plain, range(n_layers(reader)), mode, keep_qk, None, progress, types, importance)
+                model, types, importance = plain, None, None
             chosen = _calibrated(model, mmproj_in, settings, progress)
             leaders: Sequence[int] = chosen.leaders
         else:
             layers = parse_layers(lazy_layers, n_layers(reader)) if isinstance(lazy_layers, str) else list(lazy_layers)
             leaders = leaders_of(layers, n_layers(reader))
-        made = _lazy_copy(model, files.path(outfile), leaders, mode, keep_qk, chosen, progress, types)
+        made = _lazy_copy(model, files.path(outfile), leaders, mode, keep_qk, chosen, progress, types, importance)
         files.commit()
     return ConversionResult(outfile, None, architecture(reader), n_layers(reader), *made, 0, ()), chosen
 
@@ -149,6 +162,7 @@ def _lazy_copy(
     chosen: Calibration | None,
     progress: bool,
     outtype: OutType | None = None,
+    imatrix: Imatrix | None = None,
 ) -> tuple[tuple[int, ...], int]:
     """Writes the copy; returns its leaders and its size in bytes."""
     reader = open_text_gguf(source)
@@ -162,5 +176,5 @@ def _lazy_copy(
     total = sum(tensor.data.nbytes for tensor in reader.tensors)
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="writing", disable=not progress) as bar:
         without_qk = lazy if mode == "global" and not keep_qk else ()
-        copy_with_keys(reader, target, keys, without_qk, bar.update, None if chosen is None else chosen.corrections, outtype)
+        copy_with_keys(reader, target, keys, without_qk, bar.update, None if chosen is None else chosen.corrections, outtype, imatrix)
     return tuple(leaders), target.stat().st_size

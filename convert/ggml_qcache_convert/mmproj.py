@@ -163,6 +163,8 @@ def vision_tensors(
     # the projector reads a layer's raw output; clip.cpp would apply this norm to it if the file had it
     picker.skip(("vision.post_layernorm.weight", "vision.post_layernorm.bias"))
     n_in = n_embd * len(params.feature_layers)
+    if picker.has("projector.linear.weight"):
+        return plan + _linear_projector(n_embd_text, n_in, picker, wanted)
     for index, source, shape in (
         (0, "projector.linear_1", (n_embd_text, n_in)),
         (2, "projector.linear_2", (n_embd_text, n_embd_text)),
@@ -174,6 +176,21 @@ def vision_tensors(
         else:  # clip.cpp adds the bias unconditionally
             plan.append(OutputTensor(name + ".bias", shape[:1], f32, np.zeros(shape[0], np.float32)))
     return plan
+
+
+def _linear_projector(n_out: int, n_in: int, picker: TensorPicker, wanted: GGMLQuantizationType) -> list[OutputTensor]:
+    """A projector of one matrix in the form of mtmd's two with GELU between: gelu(x) - gelu(-x) = x, whichever form GELU has."""
+    name = TENSOR_NAMES[MODEL_TENSOR.V_MMPROJ]
+    first, second = name.format(bid=0), name.format(bid=2)
+    f32 = GGMLQuantizationType.F32
+    weight, bias = (picker.take(f"projector.linear.{part}", shape) for part, shape in (("weight", (n_out, n_in)), ("bias", (n_out,))))
+    difference = np.hstack([np.eye(n_out), -np.eye(n_out)]).astype(np.float32 if wanted == f32 else np.float16)
+    return [
+        OutputTensor(f"{first}.weight", (2 * n_out, n_in), fitting_type((2 * n_out, n_in), wanted), weight, mirrored=True),
+        OutputTensor(f"{first}.bias", (2 * n_out,), f32, bias, mirrored=True),
+        OutputTensor(f"{second}.weight", difference.shape, wanted, difference),
+        OutputTensor(f"{second}.bias", (n_out,), f32, np.zeros(n_out, np.float32)),
+    ]
 
 
 def add_vision_keys(

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
-_FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 # where rows aren't whole blocks of 256
 _SMALLER_BLOCKS = {
     GGMLQuantizationType.Q4_K: GGMLQuantizationType.Q5_0,
@@ -91,12 +91,15 @@ def fitting_type(shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQu
     return GGMLQuantizationType.F16
 
 
-def quantised(values: npt.NDArray[np.float32], qtype: GGMLQuantizationType) -> npt.NDArray[Any]:
+def quantised(
+    values: npt.NDArray[np.float32], qtype: GGMLQuantizationType, importance: npt.NDArray[np.float32] | None = None
+) -> npt.NDArray[Any]:
     """Values in their stored form, by ggml's own quantiser.
 
     Args:
         values: f32, rows of whole blocks.
-        qtype: Any type but those that need an importance matrix.
+        qtype: Any type but those that need an importance matrix, unless there is one.
+        importance: Of each input, f32 ``[values.shape[-1]]``; None: all the same.
 
     Returns:
         Bytes in the last dimension, or f32 and f16 values.
@@ -104,23 +107,25 @@ def quantised(values: npt.NDArray[np.float32], qtype: GGMLQuantizationType) -> n
     Raises:
         NotImplementedError: The type can't be written so.
     """
-    if qtype in _FLOATS:
+    if qtype in FLOATS:
         return quantize(values, qtype)
     from llama_cpp._ggml import libggml  # loads ggml: not needed for floats
 
     needs_imatrix = libggml.ggml_quantize_requires_imatrix
     needs_imatrix.restype = ctypes.c_bool
-    if needs_imatrix(ctypes.c_int(qtype)):
+    if importance is None and needs_imatrix(ctypes.c_int(qtype)):
         raise NotImplementedError(f"{qtype.name} is only written with an importance matrix")
     chunk = libggml.ggml_quantize_chunk
     chunk.restype = ctypes.c_size_t
+    weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
     rows = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, values.shape[-1])
     result = np.empty(quant_shape_to_byte_shape(rows.shape, qtype), dtype=np.uint8)
 
     def work(first: int, end: int) -> None:
         chunk(
             ctypes.c_int(qtype), rows.ctypes.data_as(ctypes.c_void_p), result.ctypes.data_as(ctypes.c_void_p),
-            ctypes.c_int64(first * rows.shape[1]), ctypes.c_int64(end - first), ctypes.c_int64(rows.shape[1]), None,
+            ctypes.c_int64(first * rows.shape[1]), ctypes.c_int64(end - first), ctypes.c_int64(rows.shape[1]),
+            None if weights is None else weights.ctypes.data_as(ctypes.c_void_p),
         )  # fmt: skip
 
     n_threads = min(os.cpu_count() or 1, len(rows))

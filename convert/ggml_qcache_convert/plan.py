@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from .checkpoint import TensorEntry
 from .errors import ConversionError
+from .tensor_entry import ITEM_SIZE, TensorEntry
+
 
 @dataclass(frozen=True)
 class OutputTensor:
@@ -19,6 +20,8 @@ class OutputTensor:
         shape: Shape with the outermost dimension first, as numpy and safetensors have it (ggml's is reversed).
         qtype: Stored type.
         source: Stored tensor it is read from, or its values.
+        importance: Of each input when it is quantised, f32 ``[shape[-1]]``.
+        mirrored: The source's rows are followed by their negatives.
         rope_head_dim: Head size when the rows of each head must be reordered for interleaved RoPE, else 0.
     """
 
@@ -27,6 +30,8 @@ class OutputTensor:
     qtype: GGMLQuantizationType
     source: TensorEntry | np.ndarray[Any, np.dtype[np.float32]]
     rope_head_dim: int = 0
+    importance: np.ndarray[Any, np.dtype[np.float32]] | None = None
+    mirrored: bool = False
 
 
 class TensorPicker:
@@ -48,7 +53,7 @@ class TensorPicker:
             shape: The shape the configuration implies.
 
         Raises:
-            ConversionError: The checkpoint lacks it or has another shape.
+            ConversionError: The checkpoint lacks it, has another shape, or a type that weights can't have.
         """
         entry = self._tensors.get(name)
         if entry is None:
@@ -58,6 +63,8 @@ class TensorPicker:
                 f"{entry.path}: tensor {entry.name!r} has shape {list(entry.shape)}, the configuration needs "
                 f"{list(shape)}"
             )
+        if entry.dtype not in ITEM_SIZE:
+            raise ConversionError(f"{entry.path}: tensor {entry.name!r} is of type {entry.dtype}; supported: {', '.join(ITEM_SIZE)}")
         self._taken.add(name)
         return entry
 

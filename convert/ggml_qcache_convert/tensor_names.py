@@ -6,6 +6,7 @@
 | `language_model.lm_head.X`, `lm_head.X`                                 | `lm_head.X`   |
 | `vision_tower.vision_model.X`, `vision_tower.X`, `model.vision_tower.X` | `vision.X`    |
 | `multi_modal_projector.X`, `model.multi_modal_projector.X`              | `projector.X` |
+| the original LLaVA's `model.X` and `model.mm_projector.X`               | see original_llava.py |
 
 transformers 4 wrote the first form and from 4.52 on keeps the last in memory; transformers 5 saves `language_model.model.X`
 but `vision_tower.X` without `vision_model`.
@@ -14,10 +15,15 @@ but `vision_tower.X` without `vision_model`.
 import re
 from collections.abc import Mapping
 
-from .checkpoint import TensorEntry
 from .errors import ConversionError
+from .tensor_entry import TensorEntry
 
 _RULES = (
+    (re.compile(r"model\.((?:layers|embed_tokens|norm)\..+)"), "text."),
+    (re.compile(r"model\.mm_projector\.0\.(.+)"), "projector.linear_1."),
+    (re.compile(r"model\.mm_projector\.2\.(.+)"), "projector.linear_2."),
+    (re.compile(r"model\.mm_projector\.(weight|bias)"), "projector.linear."),
+    (re.compile(r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?(.+)"), "vision."),
     (re.compile(r"(?:model\.)?language_model\.lm_head\.(.+)"), "lm_head."),
     (re.compile(r"(?:model\.)?language_model\.(?:model\.)?(.+)"), "text."),
     (re.compile(r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)"), "vision."),
@@ -42,7 +48,7 @@ def canonical_tensors(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEnt
     """
     result: dict[str, TensorEntry] = {}
     for name, entry in tensors.items():
-        canonical = _canonical(name)
+        canonical = canonical_name(name)
         if _DERIVED.fullmatch(canonical):
             continue
         if canonical in result:
@@ -53,7 +59,8 @@ def canonical_tensors(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEnt
     return result
 
 
-def _canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
+    """The canonical name of a stored tensor; one that no rule knows stays as it is."""
     for pattern, prefix in _RULES:
         match = pattern.fullmatch(name)
         if match:

@@ -1,5 +1,6 @@
 """Streams planned tensors into GGUF files, and lets the files appear only when all of them are complete."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -10,10 +11,11 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quant_shape_to_byte_shape
 
-from .checkpoint import Checkpoint, TensorEntry
+from .checkpoint import Checkpoint
 from .errors import ConversionError
 from .outtypes import quantised
 from .plan import OutputTensor
+from .tensor_entry import TensorEntry
 
 CHUNK = 1 << 22  # elements read, checked and converted at a time: 16 MB as float32
 
@@ -76,8 +78,7 @@ def write_gguf(
     add_keys(writer)
     for tensor in plan:
         shape, dtype = stored_layout(tensor.shape, tensor.qtype)
-        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        writer.add_tensor_info(tensor.name, shape, dtype, nbytes, raw_dtype=tensor.qtype)
+        writer.add_tensor_info(tensor.name, shape, dtype, stored_bytes(tensor.shape, tensor.qtype), raw_dtype=tensor.qtype)
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
@@ -98,6 +99,12 @@ def stored_layout(shape: tuple[int, ...], qtype: GGMLQuantizationType) -> tuple[
     return tuple(quant_shape_to_byte_shape(shape, qtype)), np.dtype(np.uint8)
 
 
+def stored_bytes(shape: tuple[int, ...], qtype: GGMLQuantizationType) -> int:
+    """Size of a tensor in a file, in bytes."""
+    stored, dtype = stored_layout(shape, qtype)
+    return math.prod(stored) * dtype.itemsize
+
+
 def _converted(tensor: OutputTensor, checkpoint: Checkpoint, advance: Callable[[int], object]) -> np.ndarray[Any, Any]:
     """Gives a tensor in its stored form. Holds the result and one chunk of the source, never the source as a whole."""
     if not isinstance(tensor.source, TensorEntry):
@@ -107,7 +114,7 @@ def _converted(tensor: OutputTensor, checkpoint: Checkpoint, advance: Callable[[
     shape, dtype = stored_layout(tensor.shape, tensor.qtype)
     result = np.empty(shape, dtype)
     n_row = entry.shape[0]
-    rows = result.reshape(n_row, -1)
+    rows = result.reshape(tensor.shape[0], -1)
     target = _interleaved_rows(n_row, tensor.rope_head_dim) if tensor.rope_head_dim else np.arange(n_row)
     step = max(1, CHUNK * n_row // max(1, int(np.prod(entry.shape, dtype=np.int64))))
     for start in range(0, n_row, step):
@@ -116,13 +123,15 @@ def _converted(tensor: OutputTensor, checkpoint: Checkpoint, advance: Callable[[
         if not np.isfinite(values).all():
             raise _not_finite(entry, checkpoint, step)
         with np.errstate(over="ignore"):
-            stored = quantised(values, tensor.qtype)
+            stored = quantised(values, tensor.qtype, tensor.importance)
         if tensor.qtype == GGMLQuantizationType.F16 and np.isinf(stored).any():
             raise ConversionError(
                 f"{entry.path}: tensor {entry.name!r} has values up to {np.abs(values).max():g}, over f16's range; "
                 "use --outtype bf16 or f32"
             )
         rows[target[start:stop]] = stored
+        if tensor.mirrored:
+            rows[n_row + start : n_row + stop] = quantised(-values, tensor.qtype)
         advance((stop - start) * (entry.nbytes // n_row))
     return result
 

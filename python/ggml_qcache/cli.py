@@ -16,6 +16,8 @@ from rich.console import Console
 from tqdm import tqdm
 
 from . import Llama, QCacheError, __version__
+from .comparison import diff_files
+from .comparison import draw as draw_diff
 from .evaluation import draw as draw_rows
 from .evaluation import evaluate, read_items
 from .inspection import draw, inspect_file
@@ -30,27 +32,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; the process's own by default.
 
     Returns:
-        Exit status: 0 done, 1 failed, 130 interrupted. Wrong usage exits with 2.
+        Exit status: 0 done, 1 failed, 130 interrupted; of ``diff`` 0 the same, 1 different, 2 failed. Wrong usage exits with 2.
     """
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        status = args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return args.failed
     except (QCacheError, ValueError, OSError) as error:
         print(f"qcache: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return args.failed
     except KeyboardInterrupt:
         print("qcache: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qcache", description="Multimodal models with lazy attention and a Q Cache.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.set_defaults(failed=1)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="answer a prompt about images", description="Answer a prompt about images.")
@@ -95,6 +98,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(run=_validate)
     check.add_argument("file", metavar="FILE", help="text GGUF")
+    compare = commands.add_parser(
+        "diff",
+        help="show how two model files differ",
+        description="Compare keys, tensors and Lazy Blocks of two files; exit status 0: the same, 1: different, 2: trouble.",
+    )
+    compare.set_defaults(run=_diff, failed=2)
+    compare.add_argument("a", metavar="A", help="GGUF")
+    compare.add_argument("b", metavar="B", help="GGUF")
+    compare.add_argument("--json", action="store_true", help="print JSON")
+    compare.add_argument("--no-progress", action="store_true", help="no progress bar")
     for command in (run, test):
         command.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
         command.add_argument("--n-ctx", type=int, default=4096, metavar="N", help="longest prompt and answer (default: 4096)")
@@ -199,6 +212,17 @@ def _validate(args: argparse.Namespace) -> None:
     if problems:
         raise ValueError(f"{args.file}: {len(problems)} problem{'s' if len(problems) > 1 else ''}")
     print(f"{args.file}: valid")
+
+
+def _diff(args: argparse.Namespace) -> int:
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc="comparing", disable=args.no_progress or not sys.stderr.isatty()) as bar:
+        facts = diff_files(args.a, args.b, bar.update)
+    if args.json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        # into a file or a pipe a line a difference, however long
+        draw_diff(facts, Console() if sys.stdout.isatty() else Console(width=200))
+    return 0 if facts["same"] else 1
 
 
 def _inspect(args: argparse.Namespace) -> None:
