@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig, Qwen2Config
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, MistralConfig, Qwen2Config
 
-from ggml_qcache_convert.hparams import LlavaParams, RopeScaling, read_hparams
+from ggml_qcache_convert.hparams import Anyres, LlavaParams, RopeScaling, read_hparams
 
 
 def params_of(path: Path, config: dict[str, object]) -> LlavaParams:
@@ -51,6 +51,36 @@ def test_vision_defaults_are_those_of_transformers(
     )
     assert (vision.act, vision.norm_eps) == (expected.hidden_act, expected.layer_norm_eps)
     assert vision.feature_layers == (expected.num_hidden_layers - 1,)
+    assert vision.anyres is None
+
+
+def test_llava_next_defaults_are_those_of_transformers(tmp_path: Path) -> None:
+    params, expected = params_of(tmp_path, {"architectures": ["LlavaNextForConditionalGeneration"]}), LlavaNextConfig()
+    assert params.vision.anyres == Anyres("llava_next", tuple(map(tuple, expected.image_grid_pinpoints)), 0)
+    tower = expected.vision_config
+    assert (params.vision.n_layer, params.vision.image_size, params.vision.siglip) == (tower.num_hidden_layers, tower.image_size, False)
+    assert params.vision.feature_layers == (tower.num_hidden_layers + 1 + expected.vision_feature_layer,)
+    assert params.text.arch == expected.text_config.model_type == "llama"
+
+
+@pytest.mark.parametrize("vision_config", [None, {"image_size": 384}])
+def test_llava_onevision_defaults_are_those_of_transformers(tmp_path: Path, vision_config: object) -> None:
+    params = params_of(tmp_path, {"architectures": [], "model_type": "llava_onevision", "vision_config": vision_config})
+    expected = LlavaOnevisionConfig(vision_config=vision_config)
+    vision, tower = params.vision, expected.vision_config
+    assert vision.anyres == Anyres("llava_onevision", tuple(map(tuple, expected.image_grid_pinpoints)), 9)
+    assert (vision.n_embd, vision.n_ff, vision.n_layer, vision.n_head, vision.image_size, vision.patch_size, vision.act, vision.norm_eps) == (
+        tower.hidden_size,
+        tower.intermediate_size,
+        tower.num_hidden_layers,
+        tower.num_attention_heads,
+        tower.image_size,
+        tower.patch_size,
+        tower.hidden_act,
+        tower.layer_norm_eps,
+    )
+    assert vision.siglip and vision.feature_layers == (tower.num_hidden_layers + 1 + expected.vision_feature_layer,)
+    assert params.text.arch == expected.text_config.model_type == "qwen2"
 
 
 def test_rope_of_transformers_4_and_5(tmp_path: Path) -> None:
