@@ -184,15 +184,25 @@ CASES = {
         "vision_feature_layer -9: -9 isn't one of the 4 hidden states",
     ),
     "feature-layers": ("spm", config(vision_feature_layer=[-1, -2]), "vision_feature_layer [-1, -2] isn't supported"),
-    "rope-yarn": (
+    "rope-longrope": (
         "spm",
-        config(text_config__rope_parameters={"rope_type": "yarn", "factor": 2.0}),
-        "rope_type 'yarn' isn't supported",
+        config(text_config__rope_parameters=None, text_config__rope_scaling={"type": "longrope", "factor": 2.0}),
+        "rope_type 'longrope' isn't supported; supported: default, linear, dynamic, yarn, llama3",
     ),
-    "rope-dynamic": (
+    "rope-yarn-beta": (
         "spm",
-        config(text_config__rope_parameters=None, text_config__rope_scaling={"type": "dynamic", "factor": 2.0}),
-        "rope_type 'dynamic' isn't supported",
+        config(text_config__rope_parameters={"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}),
+        "beta_fast 16 isn't supported; supported: 32",
+    ),
+    "rope-yarn-truncate": (
+        "spm",
+        config(text_config__rope_parameters={"rope_type": "yarn", "factor": 2.0, "truncate": False}),
+        "truncate False isn't supported",
+    ),
+    "rope-mrope": (
+        "qwen2",
+        config(text_config__rope_parameters=None, text_config__rope_scaling={"type": "default", "mrope_section": [2, 3, 3]}),
+        "mrope_section [2, 3, 3] isn't supported; supported: positions with one axis (this is M-RoPE)",
     ),
     "rope-llama3-qwen2": (
         "qwen2",

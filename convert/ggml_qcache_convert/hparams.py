@@ -5,6 +5,7 @@ layers), so the defaults of transformers' configuration classes are repeated her
 them with the classes.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -129,13 +130,17 @@ _FAMILIES = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Scaling of the rotary embedding: ``linear`` by a factor, or ``llama3`` by wavelength."""
+    """Scaling of the rotary embedding: ``linear`` by a factor, ``llama3`` or ``yarn`` by wavelength.
+
+    ``attn_factor`` goes with ``yarn``: what cosine and sine are multiplied by beside YaRN's own factor.
+    """
 
     kind: str
     factor: float
     low_freq_factor: float = 0.0
     high_freq_factor: float = 0.0
     original_context: int = 0
+    attn_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -329,12 +334,16 @@ def _text_params(root: _Section, family: _Family, warnings: list[str]) -> TextPa
             f"{text.where}qwen2 needs head_dim * num_attention_heads = hidden_size, got {head_dim} * {n_head} "
             f"and {n_embd}"
         )
-    theta, scaling = _rope(text, kind)
+    theta, scaling = _rope(text, kind, warnings)
+    n_ctx = _context(text, kind, warnings)
+    if scaling is not None and scaling.kind == "yarn":
+        # some configurations name the context before scaling, some the one after
+        n_ctx = max(n_ctx, int(scaling.factor * scaling.original_context))
     attention_bias = kind == "llama" and text.flag("attention_bias", False)
     return TextParams(
         arch="qwen2" if kind == "qwen2" else "llama",
         n_vocab=text.integer("vocab_size"),
-        n_ctx=_context(text, kind, warnings),
+        n_ctx=n_ctx,
         n_embd=n_embd,
         n_ff=text.integer("intermediate_size"),
         n_layer=text.integer("num_hidden_layers"),
@@ -367,7 +376,7 @@ def _context(text: _Section, kind: str, warnings: list[str]) -> int:
     return n_ctx
 
 
-def _rope(text: _Section, kind: str) -> tuple[float, RopeScaling | None]:
+def _rope(text: _Section, kind: str, warnings: list[str]) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling, from transformers 5's rope_parameters or the older rope_theta and rope_scaling."""
     parameters = text.section("rope_parameters")
     legacy = text.section("rope_scaling")
@@ -375,17 +384,28 @@ def _rope(text: _Section, kind: str) -> tuple[float, RopeScaling | None]:
     theta_owner = next((s for s in (parameters, text, legacy) if s.get("rope_theta") is not None), None)
     theta = 10000.0 if theta_owner is None else theta_owner.number("rope_theta")
     scaling = section.get("rope_type") or section.get("type") or "default"
+    if section.get("mrope_section") is not None:
+        raise section.refuse("mrope_section", section.get("mrope_section"), "positions with one axis (this is M-RoPE)")
     if scaling == "default":
         return theta, None
     if scaling == "linear":
         return theta, RopeScaling("linear", section.number("factor"))
+    if scaling == "dynamic":
+        n_ctx = text.integer("max_position_embeddings")
+        warnings.append(
+            f"rope_type 'dynamic' changes the rotary base with the length of the text beyond {n_ctx} tokens, which isn't supported; "
+            f"the context length stays {n_ctx}, up to which it makes no difference"
+        )
+        return theta, None
+    if scaling == "yarn":
+        return theta, _yarn(text, section)
     if scaling == "llama3" and kind != "qwen2":
         result = RopeScaling(
             "llama3",
             section.number("factor"),
             section.number("low_freq_factor"),
             section.number("high_freq_factor"),
-            section.integer("original_max_position_embeddings"),
+            _original_context(text, section),
         )
         if result.low_freq_factor >= result.high_freq_factor:
             raise ConversionError(
@@ -393,7 +413,35 @@ def _rope(text: _Section, kind: str) -> tuple[float, RopeScaling | None]:
                 f"{result.high_freq_factor}"
             )
         return theta, result
-    raise section.refuse("rope_type", scaling, "default, linear" + ("" if kind == "qwen2" else ", llama3"))
+    raise section.refuse("rope_type", scaling, "default, linear, dynamic, yarn" + ("" if kind == "qwen2" else ", llama3"))
+
+
+def _original_context(text: _Section, section: _Section) -> int:
+    """Context length before scaling."""
+    key = "original_max_position_embeddings"
+    owner = next((one for one in (text, section) if one.get(key) is not None), None)
+    return text.integer("max_position_embeddings") if owner is None else owner.integer(key)
+
+
+def _yarn(text: _Section, section: _Section) -> RopeScaling:
+    """YaRN as transformers has it, as far as llama.cpp can say it."""
+    original = _original_context(text, section)
+    factor = text.integer("max_position_embeddings") / original if section.get("factor") is None else section.number("factor")
+    # llama.cpp reads neither bound for these architectures, and always rounds
+    for key, value, fixed in (("beta_fast", section.get("beta_fast"), 32), ("beta_slow", section.get("beta_slow"), 1), ("truncate", section.get("truncate"), True)):
+        if value not in (None, fixed):
+            raise section.refuse(key, value, f"{fixed}, llama.cpp's")
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    if section.get("attention_factor") is not None:
+        attention = section.number("attention_factor")
+    elif section.get("mscale") and section.get("mscale_all_dim"):
+        attention = magnitude(section.number("mscale")) / magnitude(section.number("mscale_all_dim"))
+    else:
+        attention = magnitude(1)
+    return RopeScaling("yarn", factor, original_context=original, attn_factor=attention / magnitude(1))
 
 
 def _vision_params(root: _Section, family: _Family) -> VisionParams:
