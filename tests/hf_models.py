@@ -106,13 +106,14 @@ MINI_LLAVA = Path(__file__).parents[1] / "examples" / "mini-llava" / "model"
 
 @dataclass(frozen=True)
 class Vision:
-    """Shape of the CLIP tower, or of LLaVA-OneVision's SigLIP tower, whose activation is its own."""
+    """Shape of the CLIP or SigLIP tower. LLaVA-OneVision always has SigLIP, whose activation is its own."""
 
     n_embd: int = 32
     n_ff: int = 96
     n_layer: int = 3
     n_head: int = 4
     act: str = "quick_gelu"
+    siglip: bool = False
 
 
 @functools.cache
@@ -334,10 +335,21 @@ def _family_config(family: str, text_config: PreTrainedConfig, vision: Vision) -
         return LlavaOnevisionForConditionalGeneration, LlavaOnevisionConfig(
             vision_config=tower, text_config=text_config, image_grid_pinpoints=ONEVISION_PINPOINTS, vision_aspect_ratio="anyres_max_2"
         )
-    tower = CLIPVisionConfig(image_size=IMAGE_SIZE, hidden_act=vision.act, **shape)
+    if vision.siglip:
+        tower = SiglipVisionConfig(image_size=IMAGE_SIZE, **shape)
+    else:
+        tower = CLIPVisionConfig(image_size=IMAGE_SIZE, hidden_act=vision.act, **shape)
+    strategy = "full" if vision.siglip else "default"
     if family == "llava_next":
-        return LlavaNextForConditionalGeneration, LlavaNextConfig(vision_config=tower, text_config=text_config, image_grid_pinpoints=NEXT_PINPOINTS)
-    return LlavaForConditionalGeneration, LlavaConfig(vision_config=tower, text_config=text_config, image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2)
+        return LlavaNextForConditionalGeneration, LlavaNextConfig(
+            vision_config=tower, text_config=text_config, vision_feature_select_strategy=strategy, image_grid_pinpoints=NEXT_PINPOINTS
+        )
+    return LlavaForConditionalGeneration, LlavaConfig(
+        vision_config=tower,
+        text_config=text_config,
+        vision_feature_select_strategy=strategy,
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+    )
 
 
 def image_processor(family: str) -> PilBackend:
