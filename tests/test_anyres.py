@@ -21,12 +21,17 @@ from ggml_qcache import Llama
 from ggml_qcache.anyres import Anyres
 from ggml_qcache.errors import ModelError, UnsupportedError
 from ggml_qcache.images import ImageLoader
+from ggml_qcache.inspection import inspect_file
 from ggml_qcache.vision import AnyresChunk, ImageChunk
 from ggml_qcache_convert import convert
 
 FAMILIES = {"llava_next": {}, "llava_onevision": {"text": "qwen2", "tokenizer": "qwen2", "tied": True}}
 # width and height: square, larger and smaller than a tile, wide, tall, odd, extreme, one pixel
-SHAPES = [(56, 56), (112, 112), (300, 300), (200, 100), (100, 200), (333, 111), (77, 401), (60, 59), (31, 17), (640, 427), (999, 37), (37, 999), (1, 1)]
+SHAPES = [
+    *((56, 56), (112, 112), (300, 300), (200, 100), (100, 200), (333, 111), (77, 401)),
+    *((60, 59), (31, 17), (640, 427), (999, 37), (37, 999), (1, 1)),
+]
+PINPOINTS = "clip.vision.image_grid_pinpoints"
 
 
 class Tiny:
@@ -125,7 +130,8 @@ def test_counts_at_real_sizes(family: str) -> None:
         side, anyres = 336, Anyres(336, 24, tuple(map(tuple, counter.image_processor.image_grid_pinpoints)), newline)
     else:
         counter = LlavaOnevisionProcessor.__new__(LlavaOnevisionProcessor)
-        counter.image_processor, counter.num_image_tokens, counter.vision_aspect_ratio = LlavaOnevisionImageProcessorPil(), 729, "anyres_max_9"
+        counter.image_processor, counter.num_image_tokens = LlavaOnevisionImageProcessorPil(), 729
+        counter.vision_aspect_ratio = "anyres_max_9"
         side, anyres = 384, Anyres(384, 27, tuple(map(tuple, counter.image_processor.image_grid_pinpoints)), newline, 9, (0, 0, 0))
     rng = np.random.default_rng(3)
     sizes = [(336, 672), (336, 336), (1080, 1920), (1000, 30), (4000, 3000), *rng.integers(20, 3000, (200, 2)).tolist()]
@@ -152,12 +158,19 @@ def test_stock_mtmd_tiles_otherwise(tiny: Tiny, llm: Llama) -> None:
     assert sum(chunk.n_tokens for chunk in stock) != mine.n_tokens
 
 
+def test_inspect(tiny: Tiny) -> None:
+    facts = inspect_file(str(tiny.mmproj))
+    assert (facts["visual_tokens_per_tile"], facts["tiles_per_image_max"]) == (16, 5 if tiny.family == "llava_next" else 10)
+    assert "visual_tokens_per_image" not in facts
+
+
 def test_files_of_llama_cpp_s_converter(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Without our key, and the newline under its older name, a `spatial_unpad` file is LLaVA-NeXT's."""
     folder = tmp_path_factory.mktemp("theirs")
     tiny = Tiny(folder, "llava_next")
     newline = next(tensor.data for tensor in GGUFReader(tiny.mmproj).tensors if tensor.name == "v.image_newline").copy()
-    tiny.mmproj = rewrite_gguf(tiny.mmproj, folder / "theirs.gguf", {"qcache.vision.layout": None}, {"v.image_newline": None, "model.image_newline": newline})
+    renamed = {"v.image_newline": None, "model.image_newline": newline}
+    tiny.mmproj = rewrite_gguf(tiny.mmproj, folder / "theirs.gguf", {"qcache.vision.layout": None}, renamed)
     image = picture(130, 70, 2)
     with contextlib.closing(tiny.load()) as llm:
         (chunk,) = chunks_of(llm, [image])
@@ -169,8 +182,8 @@ def test_files_of_llama_cpp_s_converter(tmp_path_factory: pytest.TempPathFactory
     ("keys", "tensors", "error", "reason"),
     [
         ({"qcache.vision.layout": (GGUFValueType.STRING, "spiral")}, {}, UnsupportedError, "layout 'spiral'"),
-        ({"clip.vision.image_grid_pinpoints": (GGUFValueType.ARRAY, np.array([56, 57], np.int32))}, {}, ModelError, r"image_grid_pinpoints.*\[56, 57\]"),
-        ({"clip.vision.image_grid_pinpoints": None}, {}, ModelError, "image_grid_pinpoints.*None"),
+        ({PINPOINTS: (GGUFValueType.ARRAY, np.array([56, 57], np.int32))}, {}, ModelError, rf"{PINPOINTS}.*\[56, 57\]"),
+        ({PINPOINTS: None}, {}, ModelError, f"{PINPOINTS}.*None"),
         ({}, {"v.image_newline": None}, ModelError, "no tensor 'v.image_newline'"),
         ({}, {"v.image_newline": np.zeros(3, np.float32)}, ModelError, "3 values in 'v.image_newline', expected 64"),
     ],

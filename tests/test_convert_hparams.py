@@ -83,6 +83,86 @@ def test_llava_onevision_defaults_are_those_of_transformers(tmp_path: Path, visi
     assert params.text.arch == expected.text_config.model_type == "qwen2"
 
 
+# what the released checkpoints' configurations say
+RELEASED = {
+    "llava-v1.6-mistral-7b": (
+        "LlavaNextForConditionalGeneration",
+        {
+            "model_type": "mistral",
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "vocab_size": 32064,
+        },
+        {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14},
+        ("llama", 4096, 32064, 32768, 8, 1e6),
+        (False, 23, 576),
+    ),
+    "llava-v1.6-vicuna-13b": (
+        "LlavaNextForConditionalGeneration",
+        {
+            "model_type": "llama",
+            "hidden_size": 5120,
+            "intermediate_size": 13824,
+            "max_position_embeddings": 4096,
+            "num_attention_heads": 40,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 40,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": 32064,
+        },
+        {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14},
+        ("llama", 5120, 32064, 4096, 40, 1e4),
+        (False, 23, 576),
+    ),
+    "llama3-llava-next-8b": (
+        "LlavaNextForConditionalGeneration",
+        {
+            "model_type": "llama",
+            "intermediate_size": 14336,
+            "max_position_embeddings": 8192,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "vocab_size": 128320,
+        },
+        {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14},
+        ("llama", 4096, 128320, 8192, 8, 5e5),
+        (False, 23, 576),
+    ),
+    "llava-onevision-qwen2-0.5b": (
+        "LlavaOnevisionForConditionalGeneration",
+        {
+            "model_type": "qwen2",
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_attention_heads": 14,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "rope_theta": 1000000.0,
+            "tie_word_embeddings": True,
+            "vocab_size": 152000,
+        },
+        {"hidden_size": 1152, "image_size": 384, "intermediate_size": 4304, "model_type": "siglip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 26, "patch_size": 14, "vision_use_head": False},
+        ("qwen2", 896, 152000, 32768, 2, 1e6),
+        (True, 26, 729),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_configurations(tmp_path: Path, name: str) -> None:
+    architecture, text, vision, expected_text, expected_vision = RELEASED[name]
+    params = params_of(tmp_path, {"architectures": [architecture], "text_config": text, "vision_config": vision})
+    assert (params.text.arch, params.text.n_embd, params.text.n_vocab, params.text.n_ctx, params.text.n_head_kv, params.text.rope_theta) == expected_text
+    tower = params.vision
+    assert (tower.siglip, *tower.feature_layers, (tower.image_size // tower.patch_size) ** 2) == expected_vision
+    assert params.text.tied is (name == "llava-onevision-qwen2-0.5b") and params.warnings == ()
+
+
 def test_rope_of_transformers_4_and_5(tmp_path: Path) -> None:
     old = {"text_config": {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}}
     new = {"text_config": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}}

@@ -76,9 +76,13 @@ def test_yarn_context(tmp_path: Path) -> None:
         (128, {"factor": 4.0, "original_max_position_embeddings": 32}, (128, 4.0, 32)),
         (128, {"original_max_position_embeddings": 32}, (128, 4.0, 32)),
     ):
-        edit_json(tmp_path / "config.json", text_config__max_position_embeddings=longest, text_config__rope_parameters={"type": "yarn", **rope})
+        yarn = {"type": "yarn", **rope}
+        edit_json(tmp_path / "config.json", text_config__max_position_embeddings=longest, text_config__rope_parameters=yarn)
         text = read_hparams(tmp_path).text
         assert (text.n_ctx, text.rope_scaling.factor, text.rope_scaling.original_context) == expected
+    # a sliding window bounds the scaled context too
+    edit_json(tmp_path / "config.json", text_config__model_type="mistral", text_config__sliding_window=100)
+    assert read_hparams(tmp_path).text.n_ctx == 100
 
 
 def test_rope_frequencies_of_a_file_are_those_of_hugging_face(tmp_path: Path) -> None:

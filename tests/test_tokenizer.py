@@ -3,16 +3,23 @@
 import contextlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from awkward import awkward_strings
+from core_helpers import rewrite_gguf
+from gguf import GGUFValueType
 from hf_models import AWKWARD, build_llava, edit_json, save_tokenizer
 from PIL import Image
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ggml_qcache import Llama
+from ggml_qcache.chat import MediaPrompt
+from ggml_qcache.errors import UnsupportedError
 from ggml_qcache.images import ImageLoader
+from ggml_qcache.validation import validate_file
 from ggml_qcache_convert import convert
+from ggml_qcache_convert.make_lazy import make_lazy
 
 KINDS = ["spm", "spm-json", "spm-metaspace", "spm-metaspace-always", "llama-bpe", "qwen2"]
 SPECIAL = ("<s>", "</s>", "<image>", "<pad>", "<obj>", "<unk>")
@@ -40,7 +47,7 @@ def differing(llm: Llama, tokenizer: PreTrainedTokenizerFast, texts: list[str]) 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_equal_hugging_face(tmp_path: Path, kind: str) -> None:
     with converted(tmp_path, kind) as (tokenizer, llm):
-        special = [token for token in SPECIAL if tokenizer.convert_tokens_to_ids(token) is not None]
+        special = [token for token in SPECIAL if token in tokenizer.get_vocab()]
         assert differing(llm, tokenizer, [*AWKWARD, *awkward_strings(special)]) == {}
 
 
@@ -52,9 +59,27 @@ def test_a_prompt_with_an_image_equals_hugging_face(tmp_path: Path, kind: str) -
         image_id = tokenizer.convert_tokens_to_ids("<image>")
         for before, after in (("USER: ", "\nWhat?"), ("", " What?"), ("a", "e\u0301"), ("<s>", "What?"), (" ", "</s> x")):
             parts = [part for part in (before, image, after) if part != ""]
-            chunks = llm._vision.tokenize([llm._text_rules.apply(p, at_start=i == 0) if isinstance(p, str) else p for i, p in enumerate(parts)], True)
-            ids = [id for chunk in chunks for id in (chunk if isinstance(chunk, list) else [image_id])]
-            assert ids == tokenizer(f"{before}<image>{after}").input_ids, (before, after)
+            ids = np.array(llm.tokenize(MediaPrompt(parts)))
+            (start,) = [start for start, _ in llm._images]
+            ids[start] = image_id
+            assert ids[ids >= 0].tolist() == tokenizer(f"{before}<image>{after}").input_ids, (before, after)
+
+
+def test_a_lazy_copy_keeps_the_rules(tmp_path: Path) -> None:
+    """Lazy layers are another matter: neither do the tokenizer's keys make a file lazy, nor are they lost with other ones."""
+    with converted(tmp_path, "spm-metaspace") as (tokenizer, _):
+        assert validate_file(tmp_path / "m.gguf") == []
+        make_lazy(tmp_path / "m.gguf", tmp_path / "copy.gguf")
+        with Llama(str(tmp_path / "copy.gguf"), n_ctx=64, n_threads=1) as llm:
+            assert differing(llm, tokenizer, AWKWARD) == {}
+
+
+def test_a_rule_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    with converted(tmp_path, "qwen2"):
+        rule = {"qcache.tokenizer.normalizer": (GGUFValueType.STRING, "NFKC")}
+        rewrite_gguf(tmp_path / "m.gguf", tmp_path / "later.gguf", rule)
+        with pytest.raises(UnsupportedError, match="normalizer 'NFKC' is not supported"):
+            Llama(str(tmp_path / "later.gguf"), n_ctx=64)
 
 
 def test_special_tokens_as_text(tmp_path: Path) -> None:
@@ -86,7 +111,8 @@ def test_fine_tunes_with_more_tokens_and_padded_embeddings(tmp_path: Path, kind:
     with Llama(str(tmp_path / "m.gguf"), n_ctx=64, n_threads=1) as llm:
         assert llm.n_vocab() == n_vocab
         texts = ["<box>1,2</box>", "a [act=1] b", "<im_start>user\nhi<im_end>\n", " <box><box> ", "<image><im_end>"]
-        special = [token for token in (*SPECIAL, "<box>", "[act=1]", "<im_start>", "<im_end>") if tokenizer.convert_tokens_to_ids(token) is not None]
+        known = tokenizer.get_vocab()
+        special = [token for token in (*SPECIAL, "<box>", "[act=1]", "<im_start>", "<im_end>") if token in known]
         assert differing(llm, tokenizer, [*texts, *awkward_strings(special, 300)]) == {}
         end = tokenizer.convert_tokens_to_ids("<im_end>")
         assert llm.detokenize([end]) == b"" and llm.detokenize([end], special=True) == b"<im_end>"

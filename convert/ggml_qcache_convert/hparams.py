@@ -187,7 +187,6 @@ class VisionParams:
     """
 
     siglip: bool
-
     n_embd: int
     n_ff: int
     n_layer: int
@@ -335,15 +334,11 @@ def _text_params(root: _Section, family: _Family, warnings: list[str]) -> TextPa
             f"and {n_embd}"
         )
     theta, scaling = _rope(text, kind, warnings)
-    n_ctx = _context(text, kind, warnings)
-    if scaling is not None and scaling.kind == "yarn":
-        # some configurations name the context before scaling, some the one after
-        n_ctx = max(n_ctx, int(scaling.factor * scaling.original_context))
     attention_bias = kind == "llama" and text.flag("attention_bias", False)
     return TextParams(
         arch="qwen2" if kind == "qwen2" else "llama",
         n_vocab=text.integer("vocab_size"),
-        n_ctx=n_ctx,
+        n_ctx=_context(text, kind, scaling, warnings),
         n_embd=n_embd,
         n_ff=text.integer("intermediate_size"),
         n_layer=text.integer("num_hidden_layers"),
@@ -361,9 +356,12 @@ def _text_params(root: _Section, family: _Family, warnings: list[str]) -> TextPa
     )
 
 
-def _context(text: _Section, kind: str, warnings: list[str]) -> int:
+def _context(text: _Section, kind: str, scaling: RopeScaling | None, warnings: list[str]) -> int:
     """Context length; a sliding window bounds it, for up to there full attention gives the same result."""
     n_ctx = text.integer("max_position_embeddings")
+    if scaling is not None and scaling.kind == "yarn":
+        # some configurations name the context before scaling, some the one after
+        n_ctx = max(n_ctx, int(scaling.factor * scaling.original_context))
     explicit_none = kind == "mistral" and "sliding_window" in text.values and text.values["sliding_window"] is None
     windowed = (kind == "mistral" and not explicit_none) or (kind == "qwen2" and text.flag("use_sliding_window", False))
     if windowed and text.integer("sliding_window") < n_ctx:
@@ -393,8 +391,8 @@ def _rope(text: _Section, kind: str, warnings: list[str]) -> tuple[float, RopeSc
     if scaling == "dynamic":
         n_ctx = text.integer("max_position_embeddings")
         warnings.append(
-            f"rope_type 'dynamic' changes the rotary base with the length of the text beyond {n_ctx} tokens, which isn't supported; "
-            f"the context length stays {n_ctx}, up to which it makes no difference"
+            f"rope_type 'dynamic' changes the rotary base with the length of the text beyond {n_ctx} tokens, "
+            f"which isn't supported; the context length stays {n_ctx}, up to which it makes no difference"
         )
         return theta, None
     if scaling == "yarn":
@@ -428,9 +426,9 @@ def _yarn(text: _Section, section: _Section) -> RopeScaling:
     original = _original_context(text, section)
     factor = text.integer("max_position_embeddings") / original if section.get("factor") is None else section.number("factor")
     # llama.cpp reads neither bound for these architectures, and always rounds
-    for key, value, fixed in (("beta_fast", section.get("beta_fast"), 32), ("beta_slow", section.get("beta_slow"), 1), ("truncate", section.get("truncate"), True)):
-        if value not in (None, fixed):
-            raise section.refuse(key, value, f"{fixed}, llama.cpp's")
+    for key, fixed in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
+        if section.get(key) not in (None, fixed):
+            raise section.refuse(key, section.get(key), f"{fixed}, llama.cpp's")
 
     def magnitude(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0

@@ -29,7 +29,11 @@ _BICUBIC = 3
 _SIGLIP_HEAD = (
     "vision.head.probe",
     *(f"vision.head.attention.in_proj_{part}" for part in ("weight", "bias")),
-    *(f"vision.head.{part}.{suffix}" for part in ("attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2") for suffix in ("weight", "bias")),
+    *(
+        f"vision.head.{part}.{suffix}"
+        for part in ("attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2")
+        for suffix in ("weight", "bias")
+    ),
 )
 
 
@@ -75,7 +79,7 @@ def read_image_params(directory: Path, vision: VisionParams, warnings: list[str]
                     "mtmd scales to the tower's"
                 )
     if vision.anyres is not None and (pinpoints := config.get("image_grid_pinpoints")) is not None:
-        if not isinstance(pinpoints, list) or [tuple(size) for size in pinpoints if isinstance(size, list)] != list(vision.anyres.pinpoints):
+        if pinpoints != [list(size) for size in vision.anyres.pinpoints]:
             raise ConversionError(f"{path}: image_grid_pinpoints {pinpoints!r} differ from those of config.json")
     if config.get("resample", _BICUBIC) != _BICUBIC:
         warnings.append(f"{path.name}: resample {config['resample']!r} isn't bicubic, which mtmd always uses")

@@ -49,9 +49,9 @@ class Vocab:
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
-    prepend_scheme: str | None  # Metaspace's, None for the older normalizer
-    normalizer: str | None
     chat_template: str | tuple[dict[str, str], ...] | None
+    prepend_scheme: str | None = None  # Metaspace's, None for the older normalizer
+    normalizer: str | None = None
 
 
 def read_vocab(directory: Path, n_vocab: int, config_ids: Mapping[str, int], warnings: list[str]) -> Vocab:
@@ -102,9 +102,9 @@ def read_vocab(directory: Path, n_vocab: int, config_ids: Mapping[str, int], war
         add_bos,
         add_eos,
         space,
+        _chat_template(directory, config),
         scheme,
         normalizer,
-        _chat_template(directory, config),
     )
 
 

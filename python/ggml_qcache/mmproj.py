@@ -96,11 +96,10 @@ def read_anyres(path: str, width: int) -> Anyres | None:
         UnsupportedError: A layout of a later version.
     """
     reader = read_gguf(path)
-    layout = value(reader, "qcache.vision.layout")
-    if layout is None:
-        if projector(reader) != "mlp" or value(reader, "clip.vision.mm_patch_merge_type") != "spatial_unpad":
-            return None
-        layout = "llava_next"
+    unnamed = "llava_next" if value(reader, "clip.vision.mm_patch_merge_type") == "spatial_unpad" else None
+    layout = value(reader, "qcache.vision.layout", unnamed)
+    if projector(reader) != "mlp" or layout is None:
+        return None
     if layout not in _LAYOUTS:
         raise UnsupportedError(f"the mmproj {path!r}: the layout {layout!r} of tiles is not one of {', '.join(_LAYOUTS)}")
     tile_size = value(reader, "clip.vision.image_size")

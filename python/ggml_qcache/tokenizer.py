@@ -5,6 +5,7 @@ detokenize their whole text for every new token.
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -76,10 +77,7 @@ class TextRules:
                 f"the tokenizer's {PREPEND_KEY} {self.prepend_scheme!r} or {NORMALIZER_KEY} {self._normalizer!r} is not supported "
                 "(first, always; NFC)"
             )
-        # tokens that llama.cpp cuts a text at, longest first as it does: without and with special ones
-        self._cuts: tuple[Optional[re.Pattern[str]], ...] = (None, None)
-        if self.prepend_scheme is not None or self._normalizer is not None:
-            self._cuts = tuple(_any_of(_token_texts(vocab, kinds)) for kinds in (_USER_DEFINED, _USER_DEFINED | _SPECIAL))
+        self._vocab = vocab
 
     def apply(self, text: str, special: bool = True, at_start: bool = True) -> str:
         """Gives the text that llama.cpp, adding no spaces of its own, makes the right tokens of.
@@ -89,9 +87,9 @@ class TextRules:
             special: Whether special tokens in it are recognised.
             at_start: Whether the prompt begins with it.
         """
-        if self.prepend_scheme is None and self._normalizer is None:
+        if self.prepend_scheme is None and (self._normalizer is None or unicodedata.is_normalized(self._normalizer, text)):
             return text
-        cut = self._cuts[special]
+        cut = self._special if special else self._user_defined
         # odd ones are tokens
         pieces = [text] if cut is None else cut.split(text)
         for i in range(0, len(pieces), 2):
@@ -102,20 +100,25 @@ class TextRules:
                 pieces[i] = " " + pieces[i]
         return "".join(pieces)
 
+    @functools.cached_property
+    def _user_defined(self) -> Optional[re.Pattern[str]]:
+        """Tokens that llama.cpp cuts every text at."""
+        return self._any_of(llama_c.LLAMA_TOKEN_ATTR_USER_DEFINED)
 
-_USER_DEFINED = llama_c.LLAMA_TOKEN_ATTR_USER_DEFINED
-_SPECIAL = llama_c.LLAMA_TOKEN_ATTR_CONTROL | llama_c.LLAMA_TOKEN_ATTR_UNKNOWN
+    @functools.cached_property
+    def _special(self) -> Optional[re.Pattern[str]]:
+        """Tokens that it cuts a text at where special ones are recognised."""
+        return self._any_of(
+            llama_c.LLAMA_TOKEN_ATTR_USER_DEFINED | llama_c.LLAMA_TOKEN_ATTR_CONTROL | llama_c.LLAMA_TOKEN_ATTR_UNKNOWN
+        )
 
-
-def _token_texts(vocab: Any, kinds: int) -> list[str]:
-    """Texts of the tokens of some kinds, longest first."""
-    ids = range(llama_c.llama_vocab_n_tokens(vocab))
-    texts = [llama_c.llama_vocab_get_text(vocab, id).decode("utf-8", "replace") for id in ids if llama_c.llama_vocab_get_attr(vocab, id) & kinds]
-    return sorted(texts, key=lambda text: len(text.encode()), reverse=True)
-
-
-def _any_of(texts: Sequence[str]) -> Optional[re.Pattern[str]]:
-    return re.compile(f"({'|'.join(map(re.escape, texts))})") if texts else None
+    def _any_of(self, kinds: int) -> Optional[re.Pattern[str]]:
+        """A pattern of the tokens of some kinds, the longest first as in llama.cpp; None where there are none."""
+        vocab = self._vocab
+        ids = range(llama_c.llama_vocab_n_tokens(vocab))
+        texts = [llama_c.llama_vocab_get_text(vocab, id) for id in ids if llama_c.llama_vocab_get_attr(vocab, id) & kinds]
+        texts.sort(key=len, reverse=True)
+        return re.compile(f"({'|'.join(re.escape(text.decode('utf-8', 'replace')) for text in texts)})") if texts else None
 
 
 class Tokenizer(LlamaTokenizer):

@@ -124,7 +124,7 @@ class Vision:
         global _verbose
         self.path = path
         self.n_embd = n_embd
-        self._embeddings: OrderedDict[tuple[str, int], npt.NDArray[np.float32]] = OrderedDict()
+        self._embeddings: OrderedDict[tuple[str, int | str], npt.NDArray[np.float32]] = OrderedDict()
         width = mmproj_width(path)
         if width != n_embd:
             raise ModelError(
