@@ -107,12 +107,20 @@ enum qcache_status read_rope(const reader & r, qcache_hparams & hp) {
     TRY(r.string("%s.rope.scaling.type", type, false));
     TRY(r.real("%s.rope.scale_linear", factor, false)); // older files
     TRY(r.real("%s.rope.scaling.factor", factor, false));
-    if (type != "none" && type != "linear") {
-        return qcache_fail(QCACHE_STATUS_UNSUPPORTED, "%s: rope scaling '%s' is not supported (none, linear, or Llama 3's rope_freqs are)",
+    if (type != "none" && type != "linear" && type != "yarn") {
+        return qcache_fail(QCACHE_STATUS_UNSUPPORTED, "%s: rope scaling '%s' is not supported (none, linear, yarn, or Llama 3's rope_freqs are)",
                            r.path, type.c_str());
     }
-    if (type == "linear" && factor != 0.0f) {
+    if (type != "none" && factor != 0.0f) {
         hp.rope_freq_scale = 1.0f / factor;
+    }
+    TRY(r.count("%s.rope.scaling.original_context_length", hp.rope_n_ctx_orig, hp.n_ctx_train));
+    TRY(r.real("%s.rope.scaling.attn_factor", hp.rope_attn_factor, false));
+    if (type == "yarn") {
+        hp.rope_ext_factor = 1.0f;
+        if (factor > 0.0f && factor < 1.0f) {
+            hp.rope_attn_factor /= 1.0f + 0.1f * logf(factor); // ggml's own factor, which YaRN has above 1 only
+        }
     }
     if (gguf_find_key(r.gguf, r.full("%s.rope.dimension_sections").c_str()) >= 0) {
         return qcache_fail(QCACHE_STATUS_UNSUPPORTED, "%s: M-RoPE (key %s) is not supported", r.path,

@@ -55,8 +55,8 @@ ggml_tensor * qcache_graph::rope(ggml_tensor * x, int32_t n_head) {
     const int64_t n   = x->ne[1];
     ggml_tensor * pos = n == n_rows ? inp_pos : ggml_view_1d(ctx, inp_pos, n, 0);
     x                 = ggml_reshape_3d(ctx, x, hp.head_dim, n_head, n);
-    return ggml_rope_ext(ctx, x, pos, step.rope_freqs, hp.n_rot, hp.rope_type, hp.n_ctx_train, hp.rope_freq_base,
-                         hp.rope_freq_scale, 0.0f, 1.0f, 32.0f, 1.0f);
+    return ggml_rope_ext(ctx, x, pos, step.rope_freqs, hp.n_rot, hp.rope_type, hp.rope_n_ctx_orig, hp.rope_freq_base,
+                         hp.rope_freq_scale, hp.rope_ext_factor, hp.rope_attn_factor, 32.0f, 1.0f);
 }
 
 ggml_tensor * qcache_graph::swiglu(ggml_tensor * gate, ggml_tensor * up) {

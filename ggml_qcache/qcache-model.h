@@ -30,6 +30,9 @@ struct qcache_hparams {
     int32_t n_rot           = 0;
     float   rope_freq_base  = 10000.0f;
     float   rope_freq_scale = 1.0f;
+    float   rope_ext_factor  = 0.0f; // 1: YaRN
+    float   rope_attn_factor = 1.0f; // what ggml multiplies cosine and sine by, beside YaRN's own factor
+    int32_t rope_n_ctx_orig  = 0;    // context before scaling
 
     enum qcache_lazy_mode lazy_mode = QCACHE_LAZY_MODE_OFF;
     std::vector<int32_t>  lazy_leader; // [n_layer]

@@ -19,11 +19,21 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    SiglipVisionConfig,
 )
+from transformers.image_processing_backends import PilBackend
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.tokenization_utils_base import generate_merges
 
 CORPUS = (
@@ -88,18 +98,22 @@ _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {"llama-bpe": _ENGLISH + r"\p{N}{1,3}" + _REST, "qwen2": _ENGLISH + r"\p{N}" + _REST}
 IMAGE_SIZE, PATCH_SIZE = 56, 14
+SIGLIP_SIZE = 60  # as the real one's, no whole number of patches
+NEXT_PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+ONEVISION_PINPOINTS = [[60 * rows, 60 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
 MINI_LLAVA = Path(__file__).parents[1] / "examples" / "mini-llava" / "model"
 
 
 @dataclass(frozen=True)
 class Vision:
-    """Shape of the CLIP tower."""
+    """Shape of the CLIP or SigLIP tower. LLaVA-OneVision always has SigLIP, whose activation is its own."""
 
     n_embd: int = 32
     n_ff: int = 96
     n_layer: int = 3
     n_head: int = 4
     act: str = "quick_gelu"
+    siglip: bool = False
 
 
 @functools.cache
@@ -205,6 +219,7 @@ def save_tokenizer(path: Path, kind: str, chat_template: str | None = CHAT_TEMPL
 
 def build_llava(
     path: Path,
+    family: str = "llava",
     text: str = "llama",
     tokenizer: str = "spm",
     n_layer: int = 4,
@@ -219,15 +234,16 @@ def build_llava(
     bias: bool = False,
     rope: dict[str, float | int | str] | None = None,
     vision: Vision = Vision(),
-    feature_layer: int | list[int] = -2,
+    feature_layer: int | list[int] | None = None,
     projector_bias: bool = True,
     n_ff: int = 160,
     seed: int = 1,
-) -> LlavaForConditionalGeneration:
+) -> PreTrainedModel:
     """Writes a complete tiny LLaVA checkpoint.
 
     Args:
         path: Directory, created if need be.
+        family: ``llava``, ``llava_next`` or ``llava_onevision``.
         text: ``llama``, ``mistral`` or ``qwen2``.
         tokenizer: See ``save_tokenizer``.
         n_layer: Decoder layers.
@@ -243,7 +259,7 @@ def build_llava(
         bias: Attention and MLP biases of a llama.
         rope: ``rope_parameters``.
         vision: The tower.
-        feature_layer: ``vision_feature_layer``.
+        feature_layer: ``vision_feature_layer``; the family's by default.
         projector_bias: Projector with biases.
         n_ff: Width of the language model's MLP.
         seed: Seed of the weights.
@@ -251,7 +267,7 @@ def build_llava(
     Returns:
         The model as saved, in float32 for reference results.
     """
-    print(f"build_llava: {text}, {tokenizer}, seed {seed}")
+    print(f"build_llava: {family}, {text}, {tokenizer}, seed {seed}")
     path.mkdir(parents=True, exist_ok=True)
     fast = save_tokenizer(path, tokenizer)
     classes = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
@@ -280,26 +296,14 @@ def build_llava(
         eos_token_id=fast.eos_token_id,
         **extra,
     )
-    vision_config = CLIPVisionConfig(
-        hidden_size=vision.n_embd,
-        intermediate_size=vision.n_ff,
-        num_hidden_layers=vision.n_layer,
-        num_attention_heads=vision.n_head,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        hidden_act=vision.act,
-    )
-    config = LlavaConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_index=fast.convert_tokens_to_ids("<image>"),
-        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
-        vision_feature_layer=feature_layer,
-        multimodal_projector_bias=projector_bias,
-        tie_word_embeddings=tied,
-    )
+    model_class, config = _family_config(family, text_config, vision)
+    config.image_token_id = fast.convert_tokens_to_ids("<image>")
+    config.multimodal_projector_bias = projector_bias
+    config.tie_word_embeddings = tied
+    if feature_layer is not None:
+        config.vision_feature_layer = feature_layer
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config).eval()
+    model = model_class(config).eval()
     with torch.no_grad():
         # transformers' initialisation leaves norms at one and biases at zero, where a mixed-up tensor would go unnoticed
         for name, parameter in model.named_parameters():
@@ -313,10 +317,51 @@ def build_llava(
     model.save_pretrained(path, max_shard_size="60KB" if sharded else "5GB")
     if names != "saved":
         rename_tensors(path, names)
-    CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    ).save_pretrained(path)
+    image_processor(family).save_pretrained(path)
     return model.float()
+
+
+def _family_config(family: str, text_config: PreTrainedConfig, vision: Vision) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The model class of a family, and its configuration."""
+    shape = {
+        "hidden_size": vision.n_embd,
+        "intermediate_size": vision.n_ff,
+        "num_hidden_layers": vision.n_layer,
+        "num_attention_heads": vision.n_head,
+        "patch_size": PATCH_SIZE,
+    }
+    if family == "llava_onevision":
+        tower = SiglipVisionConfig(image_size=SIGLIP_SIZE, vision_use_head=False, **shape)
+        return LlavaOnevisionForConditionalGeneration, LlavaOnevisionConfig(
+            vision_config=tower, text_config=text_config, image_grid_pinpoints=ONEVISION_PINPOINTS, vision_aspect_ratio="anyres_max_2"
+        )
+    if vision.siglip:
+        tower = SiglipVisionConfig(image_size=IMAGE_SIZE, **shape)
+    else:
+        tower = CLIPVisionConfig(image_size=IMAGE_SIZE, hidden_act=vision.act, **shape)
+    strategy = "full" if vision.siglip else "default"
+    if family == "llava_next":
+        return LlavaNextForConditionalGeneration, LlavaNextConfig(
+            vision_config=tower, text_config=text_config, vision_feature_select_strategy=strategy, image_grid_pinpoints=NEXT_PINPOINTS
+        )
+    return LlavaForConditionalGeneration, LlavaConfig(
+        vision_config=tower,
+        text_config=text_config,
+        vision_feature_select_strategy=strategy,
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+    )
+
+
+def image_processor(family: str) -> PilBackend:
+    """The image processor of a family's tiny checkpoints."""
+    if family == "llava_onevision":
+        size = {"height": SIGLIP_SIZE, "width": SIGLIP_SIZE}
+        half = [0.5, 0.5, 0.5]
+        return LlavaOnevisionImageProcessorPil(size=size, image_mean=half, image_std=half, image_grid_pinpoints=ONEVISION_PINPOINTS)
+    crop = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
+    if family == "llava_next":
+        return LlavaNextImageProcessorPil(image_grid_pinpoints=NEXT_PINPOINTS, **crop)
+    return CLIPImageProcessorPil(**crop)
 
 
 def rename_tensors(path: Path, names: str) -> None:

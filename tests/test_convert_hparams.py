@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig, Qwen2Config
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, MistralConfig, Qwen2Config
 
-from ggml_qcache_convert.hparams import LlavaParams, RopeScaling, read_hparams
+from ggml_qcache_convert.hparams import Anyres, LlavaParams, RopeScaling, read_hparams
 
 
 def params_of(path: Path, config: dict[str, object]) -> LlavaParams:
@@ -51,6 +51,116 @@ def test_vision_defaults_are_those_of_transformers(
     )
     assert (vision.act, vision.norm_eps) == (expected.hidden_act, expected.layer_norm_eps)
     assert vision.feature_layers == (expected.num_hidden_layers - 1,)
+    assert vision.anyres is None
+
+
+def test_llava_next_defaults_are_those_of_transformers(tmp_path: Path) -> None:
+    params, expected = params_of(tmp_path, {"architectures": ["LlavaNextForConditionalGeneration"]}), LlavaNextConfig()
+    assert params.vision.anyres == Anyres("llava_next", tuple(map(tuple, expected.image_grid_pinpoints)), 0)
+    tower = expected.vision_config
+    assert (params.vision.n_layer, params.vision.image_size, params.vision.siglip) == (tower.num_hidden_layers, tower.image_size, False)
+    assert params.vision.feature_layers == (tower.num_hidden_layers + 1 + expected.vision_feature_layer,)
+    assert params.text.arch == expected.text_config.model_type == "llama"
+
+
+@pytest.mark.parametrize("vision_config", [None, {"image_size": 384}])
+def test_llava_onevision_defaults_are_those_of_transformers(tmp_path: Path, vision_config: object) -> None:
+    params = params_of(tmp_path, {"architectures": [], "model_type": "llava_onevision", "vision_config": vision_config})
+    expected = LlavaOnevisionConfig(vision_config=vision_config)
+    vision, tower = params.vision, expected.vision_config
+    assert vision.anyres == Anyres("llava_onevision", tuple(map(tuple, expected.image_grid_pinpoints)), 9)
+    assert (vision.n_embd, vision.n_ff, vision.n_layer, vision.n_head, vision.image_size, vision.patch_size, vision.act, vision.norm_eps) == (
+        tower.hidden_size,
+        tower.intermediate_size,
+        tower.num_hidden_layers,
+        tower.num_attention_heads,
+        tower.image_size,
+        tower.patch_size,
+        tower.hidden_act,
+        tower.layer_norm_eps,
+    )
+    assert vision.siglip and vision.feature_layers == (tower.num_hidden_layers + 1 + expected.vision_feature_layer,)
+    assert params.text.arch == expected.text_config.model_type == "qwen2"
+
+
+# what the released checkpoints' configurations say
+RELEASED = {
+    "llava-v1.6-mistral-7b": (
+        "LlavaNextForConditionalGeneration",
+        {
+            "model_type": "mistral",
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "vocab_size": 32064,
+        },
+        {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14},
+        ("llama", 4096, 32064, 32768, 8, 1e6),
+        (False, 23, 576),
+    ),
+    "llava-v1.6-vicuna-13b": (
+        "LlavaNextForConditionalGeneration",
+        {
+            "model_type": "llama",
+            "hidden_size": 5120,
+            "intermediate_size": 13824,
+            "max_position_embeddings": 4096,
+            "num_attention_heads": 40,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 40,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": 32064,
+        },
+        {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14},
+        ("llama", 5120, 32064, 4096, 40, 1e4),
+        (False, 23, 576),
+    ),
+    "llama3-llava-next-8b": (
+        "LlavaNextForConditionalGeneration",
+        {
+            "model_type": "llama",
+            "intermediate_size": 14336,
+            "max_position_embeddings": 8192,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "vocab_size": 128320,
+        },
+        {"hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14},
+        ("llama", 4096, 128320, 8192, 8, 5e5),
+        (False, 23, 576),
+    ),
+    "llava-onevision-qwen2-0.5b": (
+        "LlavaOnevisionForConditionalGeneration",
+        {
+            "model_type": "qwen2",
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_attention_heads": 14,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "rope_theta": 1000000.0,
+            "tie_word_embeddings": True,
+            "vocab_size": 152000,
+        },
+        {"hidden_size": 1152, "image_size": 384, "intermediate_size": 4304, "model_type": "siglip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 26, "patch_size": 14, "vision_use_head": False},
+        ("qwen2", 896, 152000, 32768, 2, 1e6),
+        (True, 26, 729),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_configurations(tmp_path: Path, name: str) -> None:
+    architecture, text, vision, expected_text, expected_vision = RELEASED[name]
+    params = params_of(tmp_path, {"architectures": [architecture], "text_config": text, "vision_config": vision})
+    assert (params.text.arch, params.text.n_embd, params.text.n_vocab, params.text.n_ctx, params.text.n_head_kv, params.text.rope_theta) == expected_text
+    tower = params.vision
+    assert (tower.siglip, *tower.feature_layers, (tower.image_size // tower.patch_size) ** 2) == expected_vision
+    assert params.text.tied is (name == "llava-onevision-qwen2-0.5b") and params.warnings == ()
 
 
 def test_rope_of_transformers_4_and_5(tmp_path: Path) -> None:

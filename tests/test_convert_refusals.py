@@ -26,6 +26,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     build_llava(folder / "bpe", n_layer=2, tokenizer="llama-bpe")
     build_llava(folder / "qwen2", n_layer=2, text="qwen2", tokenizer="qwen2")
     build_llava(folder / "sharded", n_layer=2, sharded=True)
+    build_llava(folder / "next", "llava_next", n_layer=2)
+    build_llava(folder / "onevision", "llava_onevision", n_layer=2, text="qwen2", tokenizer="qwen2")
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -136,8 +138,13 @@ CASES = {
     "config-not-utf8": ("spm", write("config.json", b"\xff\xfe"), "config.json: isn't valid JSON"),
     "architecture": (
         "spm",
-        config(architectures=["LlavaNextForConditionalGeneration"]),
-        "'LlavaNextForConditionalGeneration' isn't",
+        config(architectures=["LlavaNextVideoForConditionalGeneration"]),
+        "'LlavaNextVideoForConditionalGeneration' isn't",
+    ),
+    "architecture-mrope": (
+        "spm",
+        config(architectures=["Qwen2VLForConditionalGeneration"], model_type="qwen2_vl"),
+        "'Qwen2VLForConditionalGeneration' isn't supported; supported: LlavaForConditionalGeneration, LlavaNext",
     ),
     "text-model": (
         "spm",
@@ -146,8 +153,29 @@ CASES = {
     ),
     "vision-model": (
         "spm",
-        config(vision_config__model_type="siglip_vision_model"),
-        "'siglip_vision_model' isn't supported",
+        config(vision_config__model_type="pixtral"),
+        "'pixtral' isn't supported; supported: clip_vision_model, siglip_vision_model",
+    ),
+    "pinpoints-tiles": ("next", config(image_grid_pinpoints=[[56, 100]]), "[56, 100] isn't made of 1 to 256 of the tower's images of 56"),
+    "pinpoints-huge": ("next", config(image_grid_pinpoints=[[56, 56 * 257]]), "isn't made of 1 to 256"),
+    "pinpoints-pair": ("next", config(image_grid_pinpoints=[[56, 56, 56]]), "[56, 56, 56] isn't a height and a width"),
+    "pinpoints-text": ("next", config(image_grid_pinpoints="(1x1),...,(6x6)"), "must be a list of sizes, got '(1x1),...,(6x6)'"),
+    "pinpoints-processor": (
+        "next",
+        file_json("preprocessor_config.json", image_grid_pinpoints=[[56, 112]]),
+        "image_grid_pinpoints [[56, 112]] differ from those of config.json",
+    ),
+    "no-newline": ("next", tensors(lambda t: t.pop("image_newline")), "no tensor 'image_newline' of shape [64]"),
+    "newline-in-llava": (
+        "spm",
+        tensors(lambda t: t.update(image_newline=torch.zeros(64))),
+        "1 tensors that this kind of model doesn't have: 'image_newline'",
+    ),
+    "aspect-ratio": ("onevision", config(vision_aspect_ratio="pad"), "vision_aspect_ratio 'pad' isn't supported; supported: anyres_max_N"),
+    "siglip-class-token": (
+        "onevision",
+        config(vision_feature_select_strategy="default"),
+        "'default' isn't supported; supported: full (SigLIP has no class token",
     ),
     "projector-act": ("spm", config(projector_hidden_act="relu"), "projector_hidden_act 'relu' isn't supported"),
     "vision-act": ("spm", config(vision_config__hidden_act="relu"), "vision_config.hidden_act 'relu' isn't supported"),
@@ -163,15 +191,25 @@ CASES = {
         "vision_feature_layer -9: -9 isn't one of the 4 hidden states",
     ),
     "feature-layers": ("spm", config(vision_feature_layer=[-1, -2]), "vision_feature_layer [-1, -2] isn't supported"),
-    "rope-yarn": (
+    "rope-longrope": (
         "spm",
-        config(text_config__rope_parameters={"rope_type": "yarn", "factor": 2.0}),
-        "rope_type 'yarn' isn't supported",
+        config(text_config__rope_parameters=None, text_config__rope_scaling={"type": "longrope", "factor": 2.0}),
+        "rope_type 'longrope' isn't supported; supported: default, linear, dynamic, yarn, llama3",
     ),
-    "rope-dynamic": (
+    "rope-yarn-beta": (
         "spm",
-        config(text_config__rope_parameters=None, text_config__rope_scaling={"type": "dynamic", "factor": 2.0}),
-        "rope_type 'dynamic' isn't supported",
+        config(text_config__rope_parameters={"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}),
+        "beta_fast 16 isn't supported; supported: 32",
+    ),
+    "rope-yarn-truncate": (
+        "spm",
+        config(text_config__rope_parameters={"rope_type": "yarn", "factor": 2.0, "truncate": False}),
+        "truncate False isn't supported",
+    ),
+    "rope-mrope": (
+        "qwen2",
+        config(text_config__rope_parameters=None, text_config__rope_scaling={"type": "default", "mrope_section": [2, 3, 3]}),
+        "mrope_section [2, 3, 3] isn't supported; supported: positions with one axis (this is M-RoPE)",
     ),
     "rope-llama3-qwen2": (
         "qwen2",

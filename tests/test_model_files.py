@@ -177,7 +177,7 @@ def test_missing_key(good: Path, tmp_path: Path, key: str) -> None:
 
 @pytest.mark.parametrize(("key", "value", "text"), [
     ("general.architecture", (STR, "bert"), "architecture 'bert' is not supported (llama, qwen2 are)"),
-    ("llama.rope.scaling.type", (STR, "yarn"), "rope scaling 'yarn' is not supported"),
+    ("llama.rope.scaling.type", (STR, "longrope"), "rope scaling 'longrope' is not supported"),
     ("llama.expert_count", (U32, 8), "mixture-of-experts"),
     ("llama.attention.key_length", (U32, 32), "key length 32 and value length 16 differ"),
     ("qcache.version", (U32, 2), "qcache.version is 2, this library reads version 1"),

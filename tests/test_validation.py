@@ -42,6 +42,7 @@ def test_files_of_ours_are_valid(capsys: pytest.CaptureFixture[str]) -> None:
         ("visual", {"qcache.lazy.leader": leaders(l3=0)}, {}, "leader of layer 3 is 0, the nearest full layer before it is 1"),
         ("visual", {"qcache.lazy.js_divergence": (GGUFValueType.ARRAY, np.zeros(3, np.float32))}, {}, "js_divergence has 3 values, expected 8"),
         ("visual", {"qcache.calibration.pair_divergence": (GGUFValueType.ARRAY, -np.ones(64, np.float32))}, {}, "negative or not finite"),
+        ("plain", {"qcache.tokenizer.normalizer": (GGUFValueType.STRING, "NFKC")}, {}, "normalizer is 'NFKC', expected NFC"),
         ("visual", {}, {"blk.2.attn_q.weight": None}, "blk.2.attn_q.weight is missing, and layer 2 is lazy in visual mode"),
         ("plain", {}, {"blk.2.attn_k.weight": None}, "blk.2.attn_k.weight is missing, and layer 2 is full"),
         ("visual", {}, {"blk.2.attn_vis_bias.weight": np.zeros(3, np.float32)}, "blk.2.attn_vis_bias.weight is f32 [3], expected f32 [4]"),

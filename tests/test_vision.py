@@ -23,7 +23,8 @@ def hf_embeddings(
     with torch.no_grad():
         # not get_image_features: transformers 5 takes layer 0 there for "no hidden states"
         states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        chosen = torch.cat([states[layer][:, 1:] for layer in ([layers] if isinstance(layers, int) else layers)], -1)
+        first = 0 if model.config.vision_feature_select_strategy == "full" else 1
+        chosen = torch.cat([states[layer][:, first:] for layer in ([layers] if isinstance(layers, int) else layers)], -1)
         return model.model.multi_modal_projector(chosen)[0].numpy()
 
 
@@ -53,6 +54,8 @@ CASES = {
     "middle-layer": {"feature_layer": 1},
     "several-layers": {"feature_layer": [-3, -1]},
     "square-mlp": {"vision": Vision(n_ff=32)},
+    "siglip": {"vision": Vision(siglip=True)},
+    "siglip-several-layers": {"vision": Vision(siglip=True), "feature_layer": [0, -2]},
     "old-names": {"names": "old"},
     "new-names-sharded": {"names": "new", "sharded": True},
 }

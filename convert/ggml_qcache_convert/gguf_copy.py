@@ -11,6 +11,7 @@ from gguf.quants import dequantize
 from .calibration import Corrections
 from .errors import ConversionError
 from .imatrix import Imatrix, add_imatrix_keys, importance_of
+from .lazy_layers import LAZY_KEYS
 from .outtypes import OutType, quantised
 from .writer import CHUNK, stored_bytes, stored_layout
 
@@ -97,7 +98,7 @@ def copy_with_keys(
     outtype: OutType | None = None,
     imatrix: Imatrix | None = None,
 ) -> None:
-    """Writes a copy without the source's ``qcache.*`` keys and biases on visual keys.
+    """Writes a copy without the source's keys of lazy layers and biases on visual keys.
 
     Args:
         reader: The source.
@@ -117,7 +118,7 @@ def copy_with_keys(
     writer = GGUFWriter(None, architecture(reader))
     writer.kv_data[0].clear()
     for name, field in reader.fields.items():
-        if not name.startswith(("GGUF.", "qcache.")):
+        if not name.startswith(("GGUF.", *LAZY_KEYS)):
             sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
             writer.add_key_value(name, field.contents(), field.types[0], sub_type)
     add_keys(writer)

@@ -5,8 +5,10 @@ layers), so the defaults of transformers' configuration classes are repeated her
 them with the classes.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +48,32 @@ _TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
     },
 }
-_VISION_DEFAULTS: dict[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_channels": 3,
-    "image_size": 224,
-    "patch_size": 32,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
+_VISION_DEFAULTS: dict[str, dict[str, Any]] = {
+    "clip_vision_model": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_channels": 3,
+        "image_size": 224,
+        "patch_size": 32,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+    "siglip_vision_model": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_channels": 3,
+        "image_size": 224,
+        "patch_size": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+    },
 }
-# what LlavaConfig takes when it has no vision_config at all: CLIP ViT-L/14 at 336 pixels
-_LLAVA_VISION: dict[str, Any] = {
-    **_VISION_DEFAULTS,
+# what a model takes when it has no vision_config at all: CLIP ViT-L/14 at 336 pixels, SigLIP so400m at 384 less a layer
+_CLIP_L = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -67,19 +81,66 @@ _LLAVA_VISION: dict[str, Any] = {
     "image_size": 336,
     "patch_size": 14,
 }
+_SIGLIP_SO400M = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+# an image of more would take minutes and a context that no model has
+_MAX_TILES = 256
+_NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+_ONEVISION_PINPOINTS = [[height, width] for height in range(384, 2305, 384) for width in range(384, 2305, 384)]
 # ggml's gelu is the tanh form; the erf form differs by less than f16 rounds
 _GELU_TANH = ("gelu", "gelu_new", "gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True)
+class _Family:
+    """What one of transformers' LLaVA classes takes for granted. ``layout`` places the tiles of an image; "" has none."""
+
+    architecture: str
+    layout: str = ""
+    text: str = "llama"
+    tower: str = "clip_vision_model"
+    no_vision: Mapping[str, Any] = field(default_factory=lambda: _CLIP_L)
+    feature_layer: int = -2
+    select_strategy: str = "default"
+    pinpoints: Sequence[Sequence[int]] = ()
+
+
+# by model_type
+_FAMILIES = {
+    "llava": _Family("LlavaForConditionalGeneration"),
+    "llava_next": _Family("LlavaNextForConditionalGeneration", "llava_next", pinpoints=_NEXT_PINPOINTS),
+    "llava_onevision": _Family(
+        "LlavaOnevisionForConditionalGeneration",
+        "llava_onevision",
+        text="qwen2",
+        tower="siglip_vision_model",
+        no_vision=_SIGLIP_SO400M,
+        feature_layer=-1,
+        select_strategy="full",
+        pinpoints=_ONEVISION_PINPOINTS,
+    ),
+}
+
+
+@dataclass(frozen=True)
 class RopeScaling:
-    """Scaling of the rotary embedding: ``linear`` by a factor, or ``llama3`` by wavelength."""
+    """Scaling of the rotary embedding: ``linear`` by a factor, ``llama3`` or ``yarn`` by wavelength.
+
+    ``attn_factor`` goes with ``yarn``: what cosine and sine are multiplied by beside YaRN's own factor.
+    """
 
     kind: str
     factor: float
     low_freq_factor: float = 0.0
     high_freq_factor: float = 0.0
     original_context: int = 0
+    attn_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -105,13 +166,27 @@ class TextParams:
 
 
 @dataclass(frozen=True)
-class VisionParams:
-    """The CLIP tower and what the projector takes from it.
+class Anyres:
+    """How an image becomes several tiles: ``llava_next``, or ``llava_onevision`` with its limit on visual tokens.
 
-    ``feature_layers`` index the tower's hidden states: 0 is the input of the first layer, ``n_layer`` the output of the
-    last.
+    ``pinpoints`` are the sizes, height and width in pixels, that an image may be scaled to. ``max_tiles`` tiles' worth of
+    tokens are kept, 0 for all.
     """
 
+    layout: str
+    pinpoints: tuple[tuple[int, int], ...]
+    max_tiles: int
+
+
+@dataclass(frozen=True)
+class VisionParams:
+    """The CLIP or SigLIP tower and what the projector takes from it.
+
+    ``feature_layers`` index the tower's hidden states: 0 is the input of the first layer, ``n_layer`` the output of the
+    last. SigLIP has no class token and no norm before the first layer. ``anyres`` is None where an image is one tile.
+    """
+
+    siglip: bool
     n_embd: int
     n_ff: int
     n_layer: int
@@ -122,6 +197,7 @@ class VisionParams:
     norm_eps: float
     feature_layers: tuple[int, ...]
     projector_bias: bool
+    anyres: Anyres | None
 
 
 @dataclass(frozen=True)
@@ -192,13 +268,7 @@ def read_hparams(directory: Path, config: Mapping[str, Any] | None = None) -> Ll
     """
     path = directory / "config.json"
     root = _Section(f"{path}: ", read_json(path) if config is None else config, {})
-    architectures = root.get("architectures") or []
-    if architectures != ["LlavaForConditionalGeneration"] and (architectures or root.get("model_type") != "llava"):
-        named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures
-        raise ConversionError(
-            f"{path}: architecture {named or root.get('model_type')!r} isn't supported; "
-            "supported: LlavaForConditionalGeneration"
-        )
+    family = _family(path, root)
     for section in (root, root.section("text_config")):
         if section.get("quantization_config"):
             method = section.section("quantization_config").get("quant_method")
@@ -207,8 +277,21 @@ def read_hparams(directory: Path, config: Mapping[str, Any] | None = None) -> Ll
                 "convert the unquantised checkpoint"
             )
     warnings: list[str] = []
-    text = _text_params(root, warnings)
-    return LlavaParams(text, _vision_params(root), _token_ids(root), tuple(warnings))
+    text = _text_params(root, family, warnings)
+    return LlavaParams(text, _vision_params(root, family), _token_ids(root), tuple(warnings))
+
+
+def _family(path: Path, root: _Section) -> _Family:
+    """The class of the model, by its architecture, and by its model_type where a config names none."""
+    architectures = root.get("architectures") or []
+    for model_type, family in _FAMILIES.items():
+        if architectures == [family.architecture] or (not architectures and root.get("model_type") == model_type):
+            return family
+    named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures
+    raise ConversionError(
+        f"{path}: architecture {named or root.get('model_type')!r} isn't supported; "
+        f"supported: {', '.join(family.architecture for family in _FAMILIES.values())}"
+    )
 
 
 def _token_ids(root: _Section) -> dict[str, int]:
@@ -225,9 +308,9 @@ def _token_ids(root: _Section) -> dict[str, int]:
     return ids
 
 
-def _text_params(root: _Section, warnings: list[str]) -> TextParams:
+def _text_params(root: _Section, family: _Family, warnings: list[str]) -> TextParams:
     section = root.section("text_config")
-    kind = section.get("model_type") or "llama"
+    kind = section.get("model_type") or family.text
     if kind not in _TEXT_DEFAULTS:
         raise section.refuse("model_type", kind, ", ".join(_TEXT_DEFAULTS))
     text = _Section(section.where, section.values, _TEXT_DEFAULTS[kind])
@@ -251,12 +334,12 @@ def _text_params(root: _Section, warnings: list[str]) -> TextParams:
             f"{text.where}qwen2 needs head_dim * num_attention_heads = hidden_size, got {head_dim} * {n_head} "
             f"and {n_embd}"
         )
-    theta, scaling = _rope(text, kind)
+    theta, scaling = _rope(text, kind, warnings)
     attention_bias = kind == "llama" and text.flag("attention_bias", False)
     return TextParams(
         arch="qwen2" if kind == "qwen2" else "llama",
         n_vocab=text.integer("vocab_size"),
-        n_ctx=_context(text, kind, warnings),
+        n_ctx=_context(text, kind, scaling, warnings),
         n_embd=n_embd,
         n_ff=text.integer("intermediate_size"),
         n_layer=text.integer("num_hidden_layers"),
@@ -274,9 +357,12 @@ def _text_params(root: _Section, warnings: list[str]) -> TextParams:
     )
 
 
-def _context(text: _Section, kind: str, warnings: list[str]) -> int:
+def _context(text: _Section, kind: str, scaling: RopeScaling | None, warnings: list[str]) -> int:
     """Context length; a sliding window bounds it, for up to there full attention gives the same result."""
     n_ctx = text.integer("max_position_embeddings")
+    if scaling is not None and scaling.kind == "yarn":
+        # some configurations name the context before scaling, some the one after
+        n_ctx = max(n_ctx, int(scaling.factor * scaling.original_context))
     explicit_none = kind == "mistral" and "sliding_window" in text.values and text.values["sliding_window"] is None
     windowed = (kind == "mistral" and not explicit_none) or (kind == "qwen2" and text.flag("use_sliding_window", False))
     if windowed and text.integer("sliding_window") < n_ctx:
@@ -289,7 +375,7 @@ def _context(text: _Section, kind: str, warnings: list[str]) -> int:
     return n_ctx
 
 
-def _rope(text: _Section, kind: str) -> tuple[float, RopeScaling | None]:
+def _rope(text: _Section, kind: str, warnings: list[str]) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling, from transformers 5's rope_parameters or the older rope_theta and rope_scaling."""
     parameters = text.section("rope_parameters")
     legacy = text.section("rope_scaling")
@@ -297,17 +383,28 @@ def _rope(text: _Section, kind: str) -> tuple[float, RopeScaling | None]:
     theta_owner = next((s for s in (parameters, text, legacy) if s.get("rope_theta") is not None), None)
     theta = 10000.0 if theta_owner is None else theta_owner.number("rope_theta")
     scaling = section.get("rope_type") or section.get("type") or "default"
+    if section.get("mrope_section") is not None:
+        raise section.refuse("mrope_section", section.get("mrope_section"), "positions with one axis (this is M-RoPE)")
     if scaling == "default":
         return theta, None
     if scaling == "linear":
         return theta, RopeScaling("linear", section.number("factor"))
+    if scaling == "dynamic":
+        n_ctx = text.integer("max_position_embeddings")
+        warnings.append(
+            f"rope_type 'dynamic' changes the rotary base with the length of the text beyond {n_ctx} tokens, "
+            f"which isn't supported; the context length stays {n_ctx}, up to which it makes no difference"
+        )
+        return theta, None
+    if scaling == "yarn":
+        return theta, _yarn(text, section)
     if scaling == "llama3" and kind != "qwen2":
         result = RopeScaling(
             "llama3",
             section.number("factor"),
             section.number("low_freq_factor"),
             section.number("high_freq_factor"),
-            section.integer("original_max_position_embeddings"),
+            _original_context(text, section),
         )
         if result.low_freq_factor >= result.high_freq_factor:
             raise ConversionError(
@@ -315,15 +412,45 @@ def _rope(text: _Section, kind: str) -> tuple[float, RopeScaling | None]:
                 f"{result.high_freq_factor}"
             )
         return theta, result
-    raise section.refuse("rope_type", scaling, "default, linear" + ("" if kind == "qwen2" else ", llama3"))
+    raise section.refuse("rope_type", scaling, "default, linear, dynamic, yarn" + ("" if kind == "qwen2" else ", llama3"))
 
 
-def _vision_params(root: _Section) -> VisionParams:
+def _original_context(text: _Section, section: _Section) -> int:
+    """Context length before scaling."""
+    key = "original_max_position_embeddings"
+    owner = next((one for one in (text, section) if one.get(key) is not None), None)
+    return text.integer("max_position_embeddings") if owner is None else owner.integer(key)
+
+
+def _yarn(text: _Section, section: _Section) -> RopeScaling:
+    """YaRN as transformers has it, as far as llama.cpp can say it."""
+    original = _original_context(text, section)
+    factor = text.integer("max_position_embeddings") / original if section.get("factor") is None else section.number("factor")
+    # llama.cpp reads neither bound for these architectures, and always rounds
+    for key, fixed in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
+        if section.get(key) not in (None, fixed):
+            raise section.refuse(key, section.get(key), f"{fixed}, llama.cpp's")
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    if section.get("attention_factor") is not None:
+        attention = section.number("attention_factor")
+    elif section.get("mscale") and section.get("mscale_all_dim"):
+        attention = magnitude(section.number("mscale")) / magnitude(section.number("mscale_all_dim"))
+    else:
+        attention = magnitude(1)
+    return RopeScaling("yarn", factor, original_context=original, attn_factor=attention / magnitude(1))
+
+
+def _vision_params(root: _Section, family: _Family) -> VisionParams:
     section = root.section("vision_config")
-    kind = section.get("model_type") or "clip_vision_model"
-    if kind != "clip_vision_model":
-        raise section.refuse("model_type", kind, "clip_vision_model")
-    vision = _Section(section.where, section.values, _VISION_DEFAULTS if section.values else _LLAVA_VISION)
+    kind = section.get("model_type") or family.tower
+    if kind not in _VISION_DEFAULTS:
+        raise section.refuse("model_type", kind, ", ".join(_VISION_DEFAULTS))
+    siglip = kind == "siglip_vision_model"
+    defaults = _VISION_DEFAULTS[kind] if section.values else {**_VISION_DEFAULTS[kind], **family.no_vision}
+    vision = _Section(section.where, section.values, defaults)
     act = vision.get("hidden_act")
     if act not in ("quick_gelu", "silu", *_GELU_TANH):
         raise vision.refuse("hidden_act", act, ", ".join(("quick_gelu", "silu", *_GELU_TANH)))
@@ -339,11 +466,12 @@ def _vision_params(root: _Section) -> VisionParams:
         raise ConversionError(f"{vision.where}patch_size {patch_size} is larger than image_size {image_size}")
     if (projector := root.get("projector_hidden_act") or "gelu") not in _GELU_TANH:
         raise root.refuse("projector_hidden_act", projector, ", ".join(_GELU_TANH))
-    if (strategy := root.get("vision_feature_select_strategy") or "default") != "default":
-        raise root.refuse(
-            "vision_feature_select_strategy", strategy, "default (llama.cpp always drops the class token)"
-        )
+    expected = "full" if siglip else "default"
+    if (strategy := root.get("vision_feature_select_strategy") or family.select_strategy) != expected:
+        why = "SigLIP has no class token to drop" if siglip else "llama.cpp always drops the class token"
+        raise root.refuse("vision_feature_select_strategy", strategy, f"{expected} ({why})")
     return VisionParams(
+        siglip,
         n_embd,
         vision.integer("intermediate_size"),
         n_layer,
@@ -352,15 +480,40 @@ def _vision_params(root: _Section) -> VisionParams:
         patch_size,
         act,
         vision.number("layer_norm_eps"),
-        _feature_layers(root, n_layer),
+        _feature_layers(root, family, n_layer),
         root.flag("multimodal_projector_bias", True),
+        _anyres(root, family, image_size) if family.layout else None,
     )
 
 
-def _feature_layers(root: _Section, n_layer: int) -> tuple[int, ...]:
+def _anyres(root: _Section, family: _Family, image_size: int) -> Anyres:
+    """Tiles of an image, each the tower's image."""
+    value = root.get("image_grid_pinpoints") or family.pinpoints
+    key = f"{root.where}image_grid_pinpoints"
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ConversionError(f"{key} must be a list of sizes, got {value!r}")
+    for size in value:
+        # bool is an int
+        if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int for side in size):
+            raise ConversionError(f"{key}: {size!r} isn't a height and a width")
+        if any(side <= 0 or side % image_size for side in size) or size[0] * size[1] > image_size**2 * _MAX_TILES:
+            raise ConversionError(
+                f"{key}: {size!r} isn't made of 1 to {_MAX_TILES} of the tower's images of {image_size} pixels"
+            )
+    max_tiles = 0
+    if family.layout == "llava_onevision":
+        ratio = root.get("vision_aspect_ratio") or "anyres_max_9"
+        match = re.fullmatch(r"anyres_max_([1-9]\d{0,3})", ratio) if isinstance(ratio, str) else None
+        if match is None:
+            raise root.refuse("vision_aspect_ratio", ratio, "anyres_max_N")
+        max_tiles = int(match[1])
+    return Anyres(family.layout, tuple((height, width) for height, width in value), max_tiles)
+
+
+def _feature_layers(root: _Section, family: _Family, n_layer: int) -> tuple[int, ...]:
     """Hidden states the projector reads, counted from 0."""
     value = root.get("vision_feature_layer")
-    chosen = [-2] if value is None else value if isinstance(value, list) else [value]
+    chosen = [family.feature_layer] if value is None else value if isinstance(value, list) else [value]
     layers: list[int] = []
     for layer in chosen:
         if isinstance(layer, bool) or not isinstance(layer, int) or not -n_layer - 1 <= layer <= n_layer:

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable
 
+# what the names of the GGUF keys of lazy layers begin with; other `qcache.*` keys are the tokenizer's
+LAZY_KEYS = ("qcache.version", "qcache.lazy.", "qcache.calibration.")
 _RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
 
 

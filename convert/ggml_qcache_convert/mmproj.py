@@ -1,11 +1,14 @@
-"""The mmproj GGUF: CLIP tower and projector as llama.cpp's mtmd reads them (architecture `clip`, projector `mlp`).
+"""The mmproj GGUF: CLIP or SigLIP tower and projector as llama.cpp's mtmd reads them (architecture `clip`, projector `mlp`).
 
-mtmd differs from Hugging Face in two things that no key and no tensor can change:
+mtmd differs from Hugging Face in things that no key and no tensor can change:
 - it puts the class token after the patches, but feeds indices for the class token first (ggml-org/llama.cpp#25814): patches
   get their neighbour's position embedding, the first is lost and the class token takes the last one's place. The file is
   written as CLIP has it; the runtime corrects the indices through mtmd's evaluation callback (tests/mtmd_encoder.py).
 - it scales an image that isn't square to fit and pads it with the colour (122, 116, 104), while CLIPImageProcessor scales
   the short side to fit and cuts the middle out. Square images give the same embeddings.
+- it gives the tiles of a LLaVA-NeXT or LLaVA-OneVision image one after the other, with the padding's tokens and without
+  `image_newline`, and none but the overview for an image no larger than a tile. The runtime lets it encode single tiles
+  and puts them together itself (python/ggml_qcache/anyres.py), by the keys written here.
 """
 
 from collections.abc import Mapping
@@ -23,6 +26,15 @@ from .outtypes import fitting_type
 from .plan import OutputTensor, TensorPicker
 
 _BICUBIC = 3
+_SIGLIP_HEAD = (
+    "vision.head.probe",
+    *(f"vision.head.attention.in_proj_{part}" for part in ("weight", "bias")),
+    *(
+        f"vision.head.{part}.{suffix}"
+        for part in ("attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2")
+        for suffix in ("weight", "bias")
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,9 @@ class ImageParams:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+LAYOUT_KEY, MAX_TILES_KEY = "qcache.vision.layout", "qcache.vision.max_tiles"
 
 
 def read_image_params(directory: Path, vision: VisionParams, warnings: list[str]) -> ImageParams:
@@ -63,6 +78,9 @@ def read_image_params(directory: Path, vision: VisionParams, warnings: list[str]
                     f"{path}: {key} {config[key]!r} differs from the tower's image_size {vision.image_size}; "
                     "mtmd scales to the tower's"
                 )
+    if vision.anyres is not None and (pinpoints := config.get("image_grid_pinpoints")) is not None:
+        if pinpoints != [list(size) for size in vision.anyres.pinpoints]:
+            raise ConversionError(f"{path}: image_grid_pinpoints {pinpoints!r} differ from those of config.json")
     if config.get("resample", _BICUBIC) != _BICUBIC:
         warnings.append(f"{path.name}: resample {config['resample']!r} isn't bicubic, which mtmd always uses")
     factor = config.get("rescale_factor", 1 / 255)
@@ -128,21 +146,25 @@ def vision_tensors(
     n_side = params.image_size // params.patch_size
     # small, and every patch depends on them: always f32
     f32 = GGMLQuantizationType.F32
-    add(TENSOR_NAMES[MODEL_TENSOR.V_ENC_EMBD_CLS], "vision.embeddings.class_embedding", (n_embd,))
+    if not params.siglip:
+        add(TENSOR_NAMES[MODEL_TENSOR.V_ENC_EMBD_CLS], "vision.embeddings.class_embedding", (n_embd,))
     add(
         TENSOR_NAMES[MODEL_TENSOR.V_ENC_EMBD_PATCH] + ".weight",
         "vision.embeddings.patch_embedding.weight",
         (n_embd, 3, params.patch_size, params.patch_size),
         f32,
     )
+    if params.siglip:
+        add(TENSOR_NAMES[MODEL_TENSOR.V_ENC_EMBD_PATCH] + ".bias", "vision.embeddings.patch_embedding.bias", (n_embd,))
     add(
         TENSOR_NAMES[MODEL_TENSOR.V_ENC_EMBD_POS] + ".weight",
         "vision.embeddings.position_embedding.weight",
-        (n_side * n_side + 1, n_embd),
+        (n_side * n_side + (not params.siglip), n_embd),
         f32,
     )
-    # "pre_layrnorm" is transformers' own spelling
-    add_affine(MODEL_TENSOR.V_PRE_NORM, "vision.pre_layrnorm", (n_embd,))
+    if not params.siglip:
+        # "pre_layrnorm" is transformers' own spelling
+        add_affine(MODEL_TENSOR.V_PRE_NORM, "vision.pre_layrnorm", (n_embd,))
     up, down = MODEL_TENSOR.V_ENC_FFN_UP, MODEL_TENSOR.V_ENC_FFN_DOWN
     if n_ff == n_embd:
         # clip.cpp takes a down projection with n_embd inputs for one of an old converter that swapped the two, and swaps
@@ -162,6 +184,8 @@ def vision_tensors(
         add_affine(down, prefix + "mlp.fc2", (n_embd, n_ff), layer)
     # the projector reads a layer's raw output; clip.cpp would apply this norm to it if the file had it
     picker.skip(("vision.post_layernorm.weight", "vision.post_layernorm.bias"))
+    if params.siglip:
+        picker.skip(_SIGLIP_HEAD)  # pools an image to one vector, which no LLaVA reads
     n_in = n_embd * len(params.feature_layers)
     if picker.has("projector.linear.weight"):
         return plan + _linear_projector(n_embd_text, n_in, picker, wanted)
@@ -175,6 +199,8 @@ def vision_tensors(
             add(name + ".bias", source + ".bias", shape[:1])
         else:  # clip.cpp adds the bias unconditionally
             plan.append(OutputTensor(name + ".bias", shape[:1], f32, np.zeros(shape[0], np.float32)))
+    if params.anyres is not None:
+        add("v.image_newline", "image_newline", (n_embd_text,))
     return plan
 
 
@@ -220,3 +246,11 @@ def add_vision_keys(
         writer.add_vision_use_gelu(True)
     # always explicit: what clip.cpp takes without it depends on its version (ggml-org/llama.cpp#25817)
     writer.add_array("clip.vision.feature_layer", list(params.feature_layers))
+    if params.anyres is not None:
+        # width first, as mtmd takes them
+        sizes = [side for height, width in params.anyres.pinpoints for side in (width, height)]
+        writer.add_array("clip.vision.image_grid_pinpoints", sizes)
+        writer.add_string("clip.vision.mm_patch_merge_type", "spatial_unpad")
+        writer.add_string(LAYOUT_KEY, params.anyres.layout)
+        if params.anyres.max_tiles:
+            writer.add_uint32(MAX_TILES_KEY, params.anyres.max_tiles)

@@ -7,6 +7,7 @@
 | `vision_tower.vision_model.X`, `vision_tower.X`, `model.vision_tower.X` | `vision.X`    |
 | `multi_modal_projector.X`, `model.multi_modal_projector.X`              | `projector.X` |
 | the original LLaVA's `model.X` and `model.mm_projector.X`               | see original_llava.py |
+| `image_newline`, `model.image_newline`                                  | `image_newline` |
 
 transformers 4 wrote the first form and from 4.52 on keeps the last in memory; transformers 5 saves `language_model.model.X`
 but `vision_tower.X` without `vision_model`.
@@ -29,6 +30,7 @@ _RULES = (
     (re.compile(r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)"), "vision."),
     (re.compile(r"(?:model\.)?multi_modal_projector\.(.+)"), "projector."),
     (re.compile(r"lm_head\.(.+)"), "lm_head."),
+    (re.compile(r"(?:model\.)?(image_newline)"), ""),
 )
 # buffers that old versions saved and that follow from the configuration
 _DERIVED = re.compile(r"text\..*rotary_emb\.inv_freq|vision\.embeddings\.position_ids")

@@ -98,9 +98,13 @@ def add_text_keys(writer: GGUFWriter, params: TextParams, name: str, file_type: 
     writer.add_layer_norm_rms_eps(params.rms_eps)
     writer.add_rope_dimension_count(params.head_dim)
     writer.add_rope_freq_base(params.rope_theta)
-    if params.rope_scaling is not None and params.rope_scaling.kind == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(params.rope_scaling.factor)
+    scaling = params.rope_scaling
+    if scaling is not None and scaling.kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(RopeScalingType(scaling.kind))
+        writer.add_rope_scaling_factor(scaling.factor)
+    if scaling is not None and scaling.kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_context)
+        writer.add_rope_scaling_attn_factors(scaling.attn_factor)
 
 
 def _llama3_factors(params: TextParams, scaling: RopeScaling) -> np.ndarray:

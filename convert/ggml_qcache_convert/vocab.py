@@ -1,12 +1,13 @@
 """The vocabulary: which kind of tokenizer a directory has, its tokens with their types, special ids and chat template.
 
-llama.cpp follows Hugging Face's tokenizers except in these points, which no GGUF key can express:
+llama.cpp follows Hugging Face's tokenizers except in these points, which none of its GGUF keys can express:
 - byte-level BPE: a normalizer (Qwen2's NFC) isn't applied;
 - sentencepiece: the leading space is put before the text after *every* special token. Hugging Face does so in legacy
   mode, but only at the very start with `prepend_scheme` "first" (`legacy=false`), and with a Metaspace pre-tokenizer not
   before a space;
-- an added token's `lstrip`, `rstrip` and `single_word` are ignored.
-The second and third give a warning.
+- an added token's `lstrip`, `rstrip` and `single_word` are ignored, and with sentencepiece also `normalized`, by which
+  Hugging Face finds the token only after a space.
+The runtime makes up for the first two by keys of ours (docs/gguf.md); the third gives a warning.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from .errors import ConversionError
 from .jsonfile import read_json, read_json_if_present
 from .vocab_bpe import Pieces, byte_level_pieces
 from .vocab_spm import byte_fallback_pieces, leading_space, sentencepiece_pieces
+
+PREPEND_KEY, NORMALIZER_KEY = "qcache.tokenizer.prepend_scheme", "qcache.tokenizer.normalizer"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Vocab:
     add_eos: bool
     add_space_prefix: bool
     chat_template: str | tuple[dict[str, str], ...] | None
+    prepend_scheme: str | None = None  # Metaspace's, None for the older normalizer
+    normalizer: str | None = None
 
 
 def read_vocab(directory: Path, n_vocab: int, config_ids: Mapping[str, int], warnings: list[str]) -> Vocab:
@@ -65,20 +70,21 @@ def read_vocab(directory: Path, n_vocab: int, config_ids: Mapping[str, int], war
     config = read_json_if_present(directory / "tokenizer_config.json")
     fast_path, spm_path = directory / "tokenizer.json", directory / "tokenizer.model"
     fast = read_json_if_present(fast_path)
-    model, pre, space = "llama", "default", False
+    model, pre, space, scheme, normalizer = "llama", "default", False, None, None
     if fast and _is_byte_level(fast):
         model, pieces = "gpt2", byte_level_pieces(fast_path, fast)
         pre = pieces.pre
+        normalizer = _get(fast.get("normalizer"), "type")
     elif fast:
         pieces = byte_fallback_pieces(fast_path, fast, spm_path)
-        space = leading_space(fast_path, fast, warnings)
+        space, scheme = leading_space(fast_path, fast)
     elif spm_path.exists():
         pieces = sentencepiece_pieces(spm_path)
         space = pieces.leading_space
     else:
         raise ConversionError(f"{directory}: has neither tokenizer.json nor tokenizer.model")
 
-    added = _added_tokens(directory, fast, config, pieces)
+    added = _added_tokens(directory, fast, config, pieces, legacy_space=space and scheme is None)
     tokens, types, scores = _token_list(directory, pieces, added, n_vocab)
     inexact = sorted({(token.content, what) for token in added for what in token.inexact})
     warnings.extend(f"token {content!r} has {what}, which llama.cpp ignores" for content, what in inexact)
@@ -97,6 +103,8 @@ def read_vocab(directory: Path, n_vocab: int, config_ids: Mapping[str, int], war
         add_eos,
         space,
         _chat_template(directory, config),
+        scheme,
+        normalizer,
     )
 
 
@@ -109,8 +117,12 @@ def add_vocab_keys(writer: GGUFWriter, vocab: Vocab) -> None:
     if vocab.model == "llama":
         writer.add_token_scores(vocab.scores)
         writer.add_add_space_prefix(vocab.add_space_prefix)
+        if vocab.prepend_scheme is not None:
+            writer.add_string(PREPEND_KEY, vocab.prepend_scheme)
     else:
         writer.add_token_merges(vocab.merges)
+        if vocab.normalizer is not None:
+            writer.add_string(NORMALIZER_KEY, vocab.normalizer)
     for kind, add in (
         ("bos", writer.add_bos_token_id),
         ("eos", writer.add_eos_token_id),
@@ -136,7 +148,7 @@ def _is_byte_level(fast: Mapping[str, Any]) -> bool:
 
 
 def _added_tokens(
-    directory: Path, fast: Mapping[str, Any], config: Mapping[str, Any], pieces: Pieces
+    directory: Path, fast: Mapping[str, Any], config: Mapping[str, Any], pieces: Pieces, legacy_space: bool
 ) -> list[AddedToken]:
     """Added tokens of tokenizer.json; without one those of the slow tokenizer's files."""
     result: list[AddedToken] = []
@@ -157,7 +169,8 @@ def _added_tokens(
         content = _get(record, "content")
         if not isinstance(content, str) or not isinstance(index, (int, str)) or not str(index).isdecimal():
             raise ConversionError(f"{where}: added token {record!r} with id {index!r} has no usable id and content")
-        inexact = tuple(key for key in ("lstrip", "rstrip", "single_word") if record.get(key))
+        properties = ("lstrip", "rstrip", "single_word", *(("normalized",) if fast and legacy_space else ()))
+        inexact = tuple(key for key in properties if record.get(key))
         result.append(AddedToken(int(index), content, bool(record.get("special")), inexact))
     for token in result:
         if token.id < len(pieces.tokens) and pieces.tokens[token.id] not in (None, token.content):

@@ -93,13 +93,15 @@ def byte_fallback_pieces(path: Path, fast: Mapping[str, Any], spm_path: Path) ->
     return Pieces(tokens, types, [0.0 if token is None else scores[token] for token in tokens])
 
 
-def leading_space(path: Path, fast: Mapping[str, Any], warnings: list[str]) -> bool:
-    """Whether a sentencepiece-like tokenizer.json puts a space before the text.
+def leading_space(path: Path, fast: Mapping[str, Any]) -> tuple[bool, str | None]:
+    """Whether a sentencepiece-like tokenizer.json puts a space before the text, and by which of Metaspace's schemes.
 
     Args:
         path: The file, for errors.
         fast: Its content.
-        warnings: Gets a remark when llama.cpp puts it in more places.
+
+    Returns:
+        Whether it does; ``first`` or ``always``, None where it does so as llama.cpp does.
 
     Raises:
         ConversionError: A normalizer or pre-tokenizer other than those of Llama tokenizers.
@@ -115,16 +117,13 @@ def leading_space(path: Path, fast: Mapping[str, Any], warnings: list[str]) -> b
         if pre.get("split", True):
             raise ConversionError(f"{path}: pre-tokenizer Metaspace with split isn't supported; supported: without")
         scheme = pre.get("prepend_scheme", "always")
-        if scheme != "never":
-            places = "" if scheme == "always" else ", and after every special token"
-            warnings.append(
-                f"{path.name}: Hugging Face adds no leading space to a text that starts with one; llama.cpp does{places}"
-            )
-        return scheme != "never"
+        if scheme not in ("first", "always", "never"):
+            raise ConversionError(f"{path}: Metaspace's prepend_scheme {scheme!r} isn't supported; supported: first, always, never")
+        return (False, None) if scheme == "never" else (True, scheme)
     steps = normalizer.get("normalizers", [normalizer]) if isinstance(normalizer, Mapping) else []
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     if pre is None and steps in ([{"type": "Prepend", "prepend": _SPACE}, replace], [replace]):
-        return len(steps) == 2
+        return len(steps) == 2, None
     raise ConversionError(
         f"{path}: normalizer {normalizer!r} with pre-tokenizer {pre!r} isn't supported; supported: those of Llama "
         "tokenizers"

@@ -161,7 +161,8 @@ class ChatTemplate:
         if kind == "text" and isinstance(part.get("text"), str):
             return {"type": "text", "text": part["text"].replace(_PLACEHOLDER, quoted)}
         if kind not in ("image_url", "image") or kind not in part:
-            raise ValueError(f"a content part is text or image_url with a value, not {kind!r}")
+            hint = "; video isn't supported" if str(kind).startswith("video") else ""
+            raise ValueError(f"a content part is text or image_url with a value, not {kind!r}{hint}")
         source = part[kind]
         if isinstance(source, dict):
             if "url" not in source:

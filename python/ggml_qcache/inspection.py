@@ -14,7 +14,7 @@ from rich.text import Text
 
 from .errors import ModelError
 from .gguf_file import read_gguf, value
-from .mmproj import mmproj_width, projector
+from .mmproj import mmproj_width, projector, read_anyres
 
 
 def inspect_file(path: str, type_k: str = "f16", type_v: str = "f16") -> dict[str, Any]:
@@ -132,9 +132,10 @@ def _row_bytes(type_name: str, head_dim: int) -> int:
 
 
 def _mmproj_facts(reader: GGUFReader, path: str) -> dict[str, Any]:
+    width = mmproj_width(path)
     facts = {
         "projector": projector(reader),
-        "n_embd_text": mmproj_width(path),
+        "n_embd_text": width,
         "image_size": value(reader, "clip.vision.image_size"),
         "patch_size": value(reader, "clip.vision.patch_size"),
         "n_layer": value(reader, "clip.vision.block_count"),
@@ -142,7 +143,13 @@ def _mmproj_facts(reader: GGUFReader, path: str) -> dict[str, Any]:
         "n_head": value(reader, "clip.vision.attention.head_count"),
     }
     if facts["projector"] == "mlp" and facts["image_size"] and facts["patch_size"]:
-        facts["visual_tokens_per_image"] = (facts["image_size"] // facts["patch_size"]) ** 2
+        n_tokens = (facts["image_size"] // facts["patch_size"]) ** 2
+        anyres = read_anyres(path, width)
+        if anyres is None:
+            facts["visual_tokens_per_image"] = n_tokens
+        else:
+            most = max(height * width for height, width in anyres.pinpoints)
+            facts |= {"visual_tokens_per_tile": n_tokens, "tiles_per_image_max": 1 + most // anyres.tile_size**2}
     return facts
 
 

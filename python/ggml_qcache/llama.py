@@ -32,7 +32,7 @@ from .chat import LLAVA_TEMPLATE, ChatTemplate, MediaPrompt, has_images
 from .errors import ModelError, QCacheError, UnsupportedError
 from .images import MAX_BYTES, MAX_PIXELS, ImageLoader
 from .lazy import LazyInfo, resolve_lazy
-from .tokenizer import Tokenizer
+from .tokenizer import TextRules, Tokenizer, load_vocabulary
 from .vision import ImageChunk, Vision
 
 
@@ -192,16 +192,11 @@ class Llama(base.Llama):
     def _load_vocabulary(self, tokenizer: Optional[base.BaseLlamaTokenizer]) -> None:
         """Loads tokenizer and metadata through llama_cpp."""
         set_verbose(self.verbose)
-        llama_c.llama_backend_init()
-        self.model_params = llama_c.llama_model_default_params()
-        self.model_params.vocab_only = True
-        try:
-            self._model = internals.LlamaModel(path_model=self.model_path, params=self.model_params, verbose=self.verbose)
-        except ValueError as error:
-            raise ModelError(f"{self.model_path!r}: llama.cpp can't load the vocabulary ({error})") from None
+        self._model, self.model_params = load_vocabulary(self.model_path, self.verbose)
         self._stack.callback(self._model.close)
         self.metadata = self._model.metadata()
-        self.tokenizer_ = tokenizer or Tokenizer(self)
+        self._text_rules = TextRules(self.metadata, self._model.vocab)
+        self.tokenizer_ = tokenizer or Tokenizer(self, self._text_rules)
 
     def _init_state(self, seed: int, logits_all: bool, last_n_tokens_size: int, spm_infill: bool) -> None:
         """Sets what the base's methods read while they generate."""
@@ -356,7 +351,10 @@ class Llama(base.Llama):
             return super().tokenize(text, add_bos, special)
         ids: list[int] = []
         images: list[tuple[int, ImageChunk]] = []
-        for chunk in self._vision.tokenize(text.parts, add_bos):
+        parts = [
+            self._text_rules.apply(part, at_start=i == 0) if isinstance(part, str) else part for i, part in enumerate(text.parts)
+        ]
+        for chunk in self._vision.tokenize(parts, add_bos):
             if isinstance(chunk, ImageChunk):
                 images.append((len(ids), chunk))
                 ids += chunk.ids.tolist()

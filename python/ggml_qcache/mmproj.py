@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from gguf import GGUFReader
+import numpy as np
+from gguf import GGUFReader, dequantize
 
-from .errors import ModelError
+from .anyres import Anyres
+from .errors import ModelError, UnsupportedError
 from .gguf_file import read_gguf, value
+
+# llama.cpp's older converter wrote the second
+_NEWLINE = ("v.image_newline", "model.image_newline")
+_LAYOUTS = ("llava_next", "llava_onevision")
 
 
 def mmproj_width(path: str) -> int:
@@ -73,7 +79,58 @@ def _check_llava(reader: GGUFReader, path: str) -> int:
     expect("mm.0.weight", (n_embd, hidden))
     width = expect("mm.2.weight")[-1]
     expect("mm.2.weight", (hidden, width))
-    for name in ("v.class_embd", "v.pre_ln.weight", "v.pre_ln.bias"):
+    for name in ("v.class_embd", "v.pre_ln.weight", "v.pre_ln.bias", "v.patch_embd.bias"):
         if name in shapes:
             expect(name, (n_embd,), (n_embd, 1))
     return width
+
+
+def read_anyres(path: str, width: int) -> Anyres | None:
+    """Reads how an image becomes tiles, in a file whose embeddings are of the given width; None where it is encoded whole.
+
+    Files of llama.cpp's own converter, which have no `qcache.vision.layout`, are LLaVA-NeXT's if they say `spatial_unpad`.
+
+    Raises:
+        FileError: There is no such file.
+        ModelError: Damaged.
+        UnsupportedError: A layout of a later version.
+    """
+    reader = read_gguf(path)
+    unnamed = "llava_next" if value(reader, "clip.vision.mm_patch_merge_type") == "spatial_unpad" else None
+    layout = value(reader, "qcache.vision.layout", unnamed)
+    if projector(reader) != "mlp" or layout is None:
+        return None
+    if layout not in _LAYOUTS:
+        raise UnsupportedError(f"the mmproj {path!r}: the layout {layout!r} of tiles is not one of {', '.join(_LAYOUTS)}")
+    tile_size = value(reader, "clip.vision.image_size")
+    key = "clip.vision.image_grid_pinpoints"
+    sides = value(reader, key)
+    if (
+        not isinstance(sides, list)
+        or not sides
+        or len(sides) % 2
+        or not all(isinstance(side, int) and side > 0 and side % tile_size == 0 for side in sides)
+    ):
+        raise ModelError(f"the mmproj {path!r}: the key {key!r} holds no widths and heights in tiles of {tile_size} pixels ({sides!r})")
+    newline = next((tensor for tensor in reader.tensors if tensor.name in _NEWLINE), None)
+    if newline is None or newline.n_elements != width:
+        found = "no tensor" if newline is None else f"{newline.n_elements} values in"
+        raise ModelError(f"the mmproj {path!r} has {found} {_NEWLINE[0]!r}, expected {width} values")
+    max_tiles, pad_color = 0, None
+    if layout == "llava_onevision":
+        max_tiles = value(reader, "qcache.vision.max_tiles")
+        mean = value(reader, "clip.vision.image_mean")
+        if not isinstance(max_tiles, int) or max_tiles < 1 or not isinstance(mean, list) or len(mean) != 3:
+            raise ModelError(
+                f"the mmproj {path!r}: the keys 'qcache.vision.max_tiles' ({max_tiles!r}) and 'clip.vision.image_mean' ({mean!r}) "
+                "must be a positive number and three numbers"
+            )
+        pad_color = tuple(min(max(int(channel * 255), 0), 255) for channel in mean)
+    return Anyres(
+        tile_size,
+        tile_size // value(reader, "clip.vision.patch_size"),
+        tuple(zip(sides[1::2], sides[::2])),
+        np.array(dequantize(newline.data, newline.tensor_type), dtype=np.float32).reshape(width),
+        max_tiles,
+        pad_color,
+    )

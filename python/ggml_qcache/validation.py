@@ -1,4 +1,4 @@
-"""What ``qcache validate`` does: checks the lazy-layer keys and tensors of a file against docs/gguf.md."""
+"""What ``qcache validate`` does: checks our keys and tensors in a text GGUF against docs/gguf.md."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import os
 
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
-from ggml_qcache_convert.lazy_layers import leaders_of
+from ggml_qcache_convert.lazy_layers import LAZY_KEYS, leaders_of
 
 from .gguf_file import read_gguf, value
 
@@ -17,6 +17,8 @@ _ARRAYS = {
     "qcache.calibration.corrected_error": 1,
 }
 _NEEDED = {"qcache.version": GGUFValueType.UINT32, "qcache.lazy.mode": GGUFValueType.STRING, "qcache.lazy.leader": GGUFValueType.ARRAY}
+
+_TOKENIZER = {"qcache.tokenizer.prepend_scheme": ("first", "always"), "qcache.tokenizer.normalizer": ("NFC",)}
 
 
 def validate_file(path: str | os.PathLike[str]) -> list[str]:
@@ -36,9 +38,12 @@ def validate_file(path: str | os.PathLike[str]) -> list[str]:
     n_layer = value(reader, f"{architecture}.block_count")
     if not isinstance(n_layer, int) or n_layer < 1:
         return [f"{architecture!r} is no text model: {architecture}.block_count is {n_layer!r}"]
-    lazy = [name for name in reader.fields if name.startswith("qcache.")]
+    lazy = [name for name in reader.fields if name.startswith(LAZY_KEYS)]
     problems = [f"architecture {architecture!r} isn't llama or qwen2"] if lazy and architecture not in ("llama", "qwen2") else []
     problems += _key_problems(reader, n_layer) if lazy else []
+    for name, known in _TOKENIZER.items():
+        if value(reader, name) not in (None, *known):
+            problems.append(f"{name} is {value(reader, name)!r}, expected {' or '.join(known)}")
     leader = value(reader, "qcache.lazy.leader", list(range(n_layer)))
     return problems + _tensor_problems(reader, architecture, n_layer, leader, value(reader, "qcache.lazy.mode", "off"))
 

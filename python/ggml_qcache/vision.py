@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp import mtmd_cpp
 
+from .anyres import Anyres
 from .errors import InternalError, ModelError, UnsupportedError
 from .images import LoadedImage
-from .mmproj import mmproj_width
+from .mmproj import mmproj_width, read_anyres
 from .native import MtmdCorrection
 
 # embeddings of the images seen last are kept, so that another question about them needs no encoder
@@ -31,6 +32,7 @@ EMBEDDING_CACHE_BYTES = 256 * 2**20
 MAX_ASPECT = 100
 
 _LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+_PIXEL = LoadedImage("placeholder", np.zeros((1, 1, 3), dtype=np.uint8), "")
 
 _verbose = False
 _log_errors: list[str] = []
@@ -54,7 +56,7 @@ def _reason() -> str:
 
 
 class ImageChunk:
-    """A piece of an image that the encoder turns into consecutive visual tokens.
+    """An image, or a piece of one, that the encoder turns into consecutive visual tokens.
 
     Attributes:
         n_tokens: Visual tokens.
@@ -63,14 +65,39 @@ class ImageChunk:
         key: Digest of the image, and which of its pieces this is.
     """
 
-    def __init__(self, chunk: Any, key: tuple[str, int]) -> None:
-        """Copies an ``mtmd_input_chunk *``."""
+    def __init__(self, key: tuple[str, int | str], n_tokens: int) -> None:
         self.key = key
-        self.n_tokens: int = mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk)
-        bits = np.frombuffer(hashlib.shake_128(f"{key[0]}/{key[1]}".encode()).digest(4 * self.n_tokens), dtype="<u4")
+        self.n_tokens = n_tokens
+        bits = np.frombuffer(hashlib.shake_128(f"{key[0]}/{key[1]}".encode()).digest(4 * n_tokens), dtype="<u4")
         self.ids: npt.NDArray[np.int32] = ~(bits & 0x7FFFFFFF).astype(np.int32)
+
+
+class MtmdChunk(ImageChunk):
+    """A piece as mtmd cut it.
+
+    Attributes:
+        handle: ``mtmd_input_chunk *``.
+    """
+
+    def __init__(self, chunk: Any, key: tuple[str, int | str]) -> None:
+        """Copies an ``mtmd_input_chunk *``."""
+        super().__init__(key, mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk))
         self.handle = mtmd_cpp.mtmd_input_chunk_copy(chunk)
         weakref.finalize(self, mtmd_cpp.mtmd_input_chunk_free, self.handle)
+
+
+class AnyresChunk(ImageChunk):
+    """A whole image, its tiles put together here.
+
+    Attributes:
+        pixels: ``[height, width, 3]`` u8.
+        tiled: Whether it is cut into tiles at all.
+    """
+
+    def __init__(self, image: LoadedImage, anyres: Anyres, tiled: bool) -> None:
+        super().__init__((image.digest, "tiled" if tiled else "whole"), anyres.n_tokens(*image.pixels.shape[:2], tiled))
+        self.pixels = image.pixels
+        self.tiled = tiled
 
 
 Chunk = Union["list[int]", ImageChunk]
@@ -100,12 +127,13 @@ class Vision:
         global _verbose
         self.path = path
         self.n_embd = n_embd
-        self._embeddings: OrderedDict[tuple[str, int], npt.NDArray[np.float32]] = OrderedDict()
+        self._embeddings: OrderedDict[tuple[str, int | str], npt.NDArray[np.float32]] = OrderedDict()
         width = mmproj_width(path)
         if width != n_embd:
             raise ModelError(
                 f"the mmproj {path!r} gives embeddings of width {width}, the model {model_path!r} takes {n_embd}"
             )
+        self._anyres = read_anyres(path, width)
         _verbose = verbose
         mtmd_cpp.mtmd_log_set(_on_log, None)
         mtmd_cpp.mtmd_helper_log_set(_on_log, None)
@@ -151,6 +179,17 @@ class Vision:
                 raise ValueError(
                     f"image {image.source}: {width} x {height} pixels, one side is over {MAX_ASPECT} times the other"
                 )
+        if self._anyres is None:
+            return self._mtmd_tokenize(parts, add_special)
+        # mtmd finds the places alone: for an image of one pixel it makes one chunk
+        tiled = self._anyres.tiled(len(images))
+        whole = iter([AnyresChunk(image, self._anyres, tiled) for image in images])
+        places = self._mtmd_tokenize([_PIXEL if isinstance(part, LoadedImage) else part for part in parts], add_special)
+        return [next(whole) if isinstance(chunk, ImageChunk) else chunk for chunk in places]
+
+    def _mtmd_tokenize(self, parts: Sequence[str | LoadedImage], add_special: bool) -> list[Chunk]:
+        """Lets mtmd cut a prompt into chunks."""
+        images = [part for part in parts if isinstance(part, LoadedImage)]
         bitmaps: list[Any] = []
         chunks = mtmd_cpp.mtmd_input_chunks_init()
         try:
@@ -185,15 +224,29 @@ class Vision:
         if known is not None:
             self._embeddings.move_to_end(chunk.key)
             return known
-        _log_errors.clear()
-        if mtmd_cpp.mtmd_encode_chunk(self._open(), chunk.handle) != 0:
-            raise InternalError(f"mtmd can't encode an image: {_reason()}")
-        output = mtmd_cpp.mtmd_get_output_embd(self._handle)
-        embeddings = np.ctypeslib.as_array(output, shape=(chunk.n_tokens, self.n_embd)).copy()
+        if isinstance(chunk, AnyresChunk):
+            tiles = self._anyres.tiles(chunk.pixels, chunk.tiled)
+            encoded = [self._mtmd_encode(self._tile(pixels)) for pixels in tiles]
+            embeddings = self._anyres.arrange(np.stack(encoded), *chunk.pixels.shape[:2], chunk.tiled)
+        else:
+            embeddings = self._mtmd_encode(chunk)
         self._embeddings[chunk.key] = embeddings
         while sum(kept.nbytes for kept in self._embeddings.values()) > EMBEDDING_CACHE_BYTES and len(self._embeddings) > 1:
             self._embeddings.popitem(last=False)
         return embeddings
+
+    def _tile(self, pixels: npt.NDArray[np.uint8]) -> MtmdChunk:
+        """Hands a tile to mtmd, which leaves an image of the tower's own size as it is."""
+        (chunk,) = self._mtmd_tokenize([LoadedImage("tile", np.ascontiguousarray(pixels), "tile")], False)
+        return chunk
+
+    def _mtmd_encode(self, chunk: MtmdChunk) -> npt.NDArray[np.float32]:
+        """Gives the embeddings of a piece, ``[n_tokens, n_embd]``."""
+        _log_errors.clear()
+        if mtmd_cpp.mtmd_encode_chunk(self._open(), chunk.handle) != 0:
+            raise InternalError(f"mtmd can't encode an image: {_reason()}")
+        output = mtmd_cpp.mtmd_get_output_embd(self._handle)
+        return np.ctypeslib.as_array(output, shape=(chunk.n_tokens, self.n_embd)).copy()
 
     def _open(self) -> Any:
         if not self._free.alive:
@@ -222,6 +275,6 @@ def _take(chunks: Any, images: Sequence[LoadedImage]) -> list[Chunk]:
             taken.append(tokens[: n_tokens.value])
         else:
             index = int(mtmd_cpp.mtmd_input_chunk_get_id(chunk))
-            taken.append(ImageChunk(chunk, (images[index].digest, pieces[index])))
+            taken.append(MtmdChunk(chunk, (images[index].digest, pieces[index])))
             pieces[index] += 1
     return taken
