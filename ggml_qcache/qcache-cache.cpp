@@ -27,7 +27,7 @@ qcache_layout::qcache_layout(const qcache_hparams & hparams, const std::vector<i
     for (int modality = 0; modality < 2; modality++) {
         size_t offset = 0;
         for (int32_t il = 0; il < hparams.n_layer; il++) {
-            const bool keeps_v = il >= first && il < end;
+            const bool keeps_v = il >= first && il < end && leader[il] != QCACHE_LEADER_NONE;
             const bool keeps_k = keeps_v && (leader[il] == il || (mode == QCACHE_LAZY_MODE_VISUAL && modality == QCACHE_MODALITY_TEXT));
             k_offset[modality].push_back(keeps_k ? offset : none);
             offset += keeps_k ? k_bytes : 0;
@@ -81,8 +81,10 @@ bool qcache_cache::sync() {
     }
     if (ok) {
         for (const auto & copy : mgr.take_copies()) {
-            memcpy(ggml_backend_buffer_get_base(memory[copy.dst].get()), ggml_backend_buffer_get_base(memory[copy.src].get()),
-                   lay.block_bytes[mgr.modality(copy.src)]);
+            const size_t n_bytes = lay.block_bytes[mgr.modality(copy.src)];
+            if (n_bytes > 0) {
+                memcpy(ggml_backend_buffer_get_base(memory[copy.dst].get()), ggml_backend_buffer_get_base(memory[copy.src].get()), n_bytes);
+            }
         }
     }
     return ok;
@@ -93,7 +95,7 @@ qcache_attn_block qcache_cache::view(const qcache_seq_block & block) const {
     return { (uint8_t *) ggml_backend_buffer_get_base(buffer), block.first, block.n, block.modality, buffer };
 }
 
-struct qcache_kv_usage qcache_cache::usage(int32_t n_lazy_layers) const {
+struct qcache_kv_usage qcache_cache::usage() const {
     struct qcache_kv_usage u = {};
 
     u.n_blocks_text      = mgr.n_blocks(QCACHE_MODALITY_TEXT);
@@ -106,7 +108,6 @@ struct qcache_kv_usage qcache_cache::usage(int32_t n_lazy_layers) const {
     u.bytes_block_visual = lay.block_bytes[QCACHE_MODALITY_VISUAL];
     u.bytes_block_full   = lay.full_block_bytes;
     u.n_block_tokens     = lay.n_block_tokens;
-    u.n_lazy_layers      = n_lazy_layers;
     for (int32_t s = 0; s < mgr.n_seqs(); s++) {
         for (const auto & block : mgr.seq(s)) {
             (block.modality == QCACHE_MODALITY_VISUAL ? u.n_tokens_visual : u.n_tokens_text) += block.n;
@@ -174,7 +175,8 @@ bool qcache_cache::write_state(const sink & unchecked_out) const {
         }
     }
     for (const int32_t id : ids) {
-        ok = ok && out(ggml_backend_buffer_get_base(memory[id].get()), lay.block_bytes[mgr.modality(id)]);
+        const size_t n_bytes = lay.block_bytes[mgr.modality(id)];
+        ok = ok && (n_bytes == 0 || out(ggml_backend_buffer_get_base(memory[id].get()), n_bytes));
     }
     return ok && unchecked_out(&sum, sizeof(sum));
 }
@@ -287,7 +289,9 @@ enum qcache_status qcache_cache::read_state(const uint8_t * data, size_t size, i
         if (!fresh[id]) {
             return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot allocate %zu bytes of KV for a saved state", bytes);
         }
-        memcpy(ggml_backend_buffer_get_base(fresh[id].get()), data + pos, block_bytes);
+        if (block_bytes > 0) {
+            memcpy(ggml_backend_buffer_get_base(fresh[id].get()), data + pos, block_bytes);
+        }
         pos += block_bytes;
     }
     mgr.restore(seqs, modality);

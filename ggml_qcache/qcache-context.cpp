@@ -51,10 +51,12 @@ struct qcache_context {
     int32_t n_lazy_layers() const {
         int32_t n = 0;
         for (int32_t il = 0; il < model.hparams.n_layer; il++) {
-            n += leader[il] != il;
+            n += leader[il] != il && leader[il] != QCACHE_LEADER_NONE;
         }
         return n;
     }
+
+    int32_t n_dropped_layers() const { return (int32_t) std::count(leader.begin(), leader.end(), QCACHE_LEADER_NONE); }
 };
 
 namespace {
@@ -407,11 +409,21 @@ enum qcache_status choose_lazy(const qcache_model & model, const struct qcache_c
         const bool computed = il >= p.layer_first && il < p.layer_first + p.n_layers;
         leader[il]          = mode == QCACHE_LAZY_MODE_OFF || !computed ? il : leader[il];
         any                 = any || leader[il] != il;
-        if (computed && leader[il] < p.layer_first) {
+        if (!computed || leader[il] == QCACHE_LEADER_NONE) {
+            continue;
+        }
+        if (leader[il] < p.layer_first) {
             return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "layer %d is lazy and its leader %d comes before layer_first %d", il, leader[il],
                                p.layer_first);
         }
-        if (computed && (leader[il] == il || mode != QCACHE_LAZY_MODE_GLOBAL) && (model.layers[il].wq == nullptr || model.layers[il].wk == nullptr)) {
+        const auto & layer = model.layers[il];
+        if (layer.attn_norm == nullptr || layer.wv == nullptr || layer.wo == nullptr) {
+            return qcache_fail(QCACHE_STATUS_UNSUPPORTED,
+                               "layer %d needs blk.%d.attn_norm.weight, attn_v.weight and attn_output.weight, which the file left out because "
+                               "the layer has no attention there: convert with --keep-qk to run it in another way",
+                               il, il);
+        }
+        if ((leader[il] == il || mode != QCACHE_LAZY_MODE_GLOBAL) && (layer.wq == nullptr || layer.wk == nullptr)) {
             return qcache_fail(QCACHE_STATUS_UNSUPPORTED,
                                "layer %d needs blk.%d.attn_q.weight and attn_k.weight, which the file left out because the layer is lazy in "
                                "global mode there: convert with --keep-qk to run it in another way",
@@ -588,6 +600,10 @@ const float * qcache_get_captured_ith(qcache_context_t * ctx, enum qcache_captur
     if (k < 0) {
         return nullptr;
     }
+    if (what != QCACHE_CAPTURE_HIDDEN && ctx->leader[il] == QCACHE_LEADER_NONE) {
+        qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "layer %d has no attention: there is nothing of kind %d", il, (int) what);
+        return nullptr;
+    }
     const std::vector<float> * values = ctx->capture ? ctx->capture->get(what, il, k) : nullptr;
     if (values == nullptr) {
         qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "kind %d was not captured in the last batch: %s", (int) what,
@@ -606,6 +622,9 @@ enum qcache_status qcache_seq_get_v(const qcache_context_t * ctx, int32_t seq_id
     if (seq_id < 0 || seq_id >= ctx->params.n_seq_max || il < ctx->params.layer_first || il >= end) {
         return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "sequence %d, layer %d: n_seq_max is %d, the context has layers %d .. %d", seq_id, il,
                            ctx->params.n_seq_max, ctx->params.layer_first, end - 1);
+    }
+    if (ctx->leader[il] == QCACHE_LEADER_NONE) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "layer %d has no attention and keeps no V", il);
     }
     const int32_t n_tokens = ctx->cache.blocks().len(seq_id);
     const size_t  expected = (size_t) hp.n_head_kv * n_tokens * hp.head_dim;
@@ -680,7 +699,10 @@ void qcache_clear(qcache_context_t * ctx) {
 }
 
 struct qcache_kv_usage qcache_get_kv_usage(const qcache_context_t * ctx) {
-    return ctx->cache.usage(ctx->n_lazy_layers());
+    struct qcache_kv_usage usage = ctx->cache.usage();
+    usage.n_lazy_layers          = ctx->n_lazy_layers();
+    usage.n_dropped_layers       = ctx->n_dropped_layers();
+    return usage;
 }
 
 //

@@ -145,13 +145,14 @@ struct loader {
         model.layers.resize(hp.n_layer);
         for (int32_t il = 0; il < hp.n_layer; il++) {
             auto &     layer    = model.layers[il];
-            const bool needs_qk = hp.lazy_mode != QCACHE_LAZY_MODE_GLOBAL || hp.lazy_leader[il] == il;
+            const bool attends  = hp.lazy_leader[il] != QCACHE_LEADER_NONE;
+            const bool needs_qk = attends && (hp.lazy_mode != QCACHE_LAZY_MODE_GLOBAL || hp.lazy_leader[il] == il);
 
-            layer.attn_norm = weight(blk(il, "attn_norm.weight"), weight_use::elementwise, true, n_embd);
+            layer.attn_norm = weight(blk(il, "attn_norm.weight"), weight_use::elementwise, attends, n_embd);
             layer.wq        = weight(blk(il, "attn_q.weight"), weight_use::matmul, needs_qk, n_embd, n_q);
             layer.wk        = weight(blk(il, "attn_k.weight"), weight_use::matmul, needs_qk, n_embd, n_kv);
-            layer.wv        = weight(blk(il, "attn_v.weight"), weight_use::matmul, true, n_embd, n_kv);
-            layer.wo        = weight(blk(il, "attn_output.weight"), weight_use::matmul, true, n_q, n_embd);
+            layer.wv        = weight(blk(il, "attn_v.weight"), weight_use::matmul, attends, n_embd, n_kv);
+            layer.wo        = weight(blk(il, "attn_output.weight"), weight_use::matmul, attends, n_q, n_embd);
             layer.bq        = weight(blk(il, "attn_q.bias"), weight_use::elementwise, false, n_q);
             layer.bk        = weight(blk(il, "attn_k.bias"), weight_use::elementwise, false, n_kv);
             layer.bv        = weight(blk(il, "attn_v.bias"), weight_use::elementwise, false, n_kv);

@@ -1,6 +1,6 @@
 """Converts a Hugging Face LLaVA directory: checks everything that can be checked first, then streams both files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from tqdm import tqdm
 from .checkpoint import Checkpoint
 from .errors import ConversionError
 from .hparams import LlavaParams, read_hparams
-from .lazy_keys import MODES, add_lazy_keys
-from .lazy_layers import leaders_of, parse_layers
+from .lazy_keys import MODES, add_lazy_keys, left_out
+from .lazy_layers import leaders_of
 from .mmproj import add_vision_keys, read_image_params, vision_tensors
 from .outtypes import OUTTYPES
 from .plan import OutputTensor, TensorPicker
@@ -30,7 +30,7 @@ class ConversionResult:
         mmproj: The vision GGUF, or None when it wasn't asked for.
         arch: ``llama`` or ``qwen2``.
         n_layer: Number of decoder layers.
-        leaders: Leader of each layer; a layer is lazy when it isn't its own.
+        leaders: Leader of each layer: its own number for a full layer, -1 for one without attention.
         outfile_bytes: Size of the text GGUF.
         mmproj_bytes: Size of the vision GGUF, 0 without one.
         warnings: Remarks about what is converted but behaves differently.
@@ -65,10 +65,10 @@ def convert(
         outfile: Text GGUF to write.
         mmproj: Vision GGUF to write, or None for none. Its matrices are f16, or f32 with ``outtype`` ``f32``.
         outtype: A key of ``OUTTYPES``; vectors stay f32.
-        lazy_layers: Layer numbers, or a specification such as ``9-15,18`` or ``none``.
+        lazy_layers: Layer numbers, or a specification such as ``9-15,18,drop:20`` or ``none``.
         lazy_mode: ``visual`` or ``global``.
-        keep_qk: Keep the q and k projections of lazy layers in global mode, so that the file also runs as a plain
-            model.
+        keep_qk: Keep the q and k projections of lazy layers in global mode, and the whole attention of dropped layers, so that
+            the file also runs as a plain model.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -91,8 +91,7 @@ def convert(
     params = read_hparams(directory)
     warnings = list(params.warnings)
     n_layer = params.text.n_layer
-    lazy = parse_layers(lazy_layers, n_layer) if isinstance(lazy_layers, str) else sorted(lazy_layers)
-    leaders = leaders_of(lazy, n_layer)
+    leaders = leaders_of(lazy_layers, n_layer)
     vocab = read_vocab(directory, params.text.n_vocab, params.token_ids, warnings)
     images = read_image_params(directory, params.vision, warnings)
 
@@ -100,14 +99,13 @@ def convert(
         inputs = {entry.path.resolve() for entry in checkpoint.tensors.values()}
         if overwritten := [target for target in targets if target.resolve() in inputs]:
             raise ValueError(f"{overwritten[0]}: is part of the checkpoint itself")
-        without_qk = lazy if lazy_mode == "global" and not keep_qk else ()
-        text_plan, vision_plan = _plans(checkpoint, params, outtype, without_qk)
+        text_plan, vision_plan = _plans(checkpoint, params, outtype, left_out(leaders, lazy_mode, keep_qk))
         name = directory.resolve().name
 
         def text_keys(writer: GGUFWriter) -> None:
             add_text_keys(writer, params.text, name, OUTTYPES[outtype].file_type)
             add_vocab_keys(writer, vocab)
-            add_lazy_keys(writer, lazy, lazy_mode, n_layer)
+            add_lazy_keys(writer, leaders, lazy_mode)
 
         def vision_keys(writer: GGUFWriter) -> None:
             add_vision_keys(
@@ -155,11 +153,11 @@ def _vision_outtype(outtype: str) -> str:
 
 
 def _plans(
-    checkpoint: Checkpoint, params: LlavaParams, outtype: str, without_qk: Sequence[int]
+    checkpoint: Checkpoint, params: LlavaParams, outtype: str, without: Mapping[int, Sequence[str]]
 ) -> tuple[list[OutputTensor], list[OutputTensor]]:
     """Plans both files; together they must account for every tensor of the checkpoint."""
     picker = TensorPicker(canonical_tensors(checkpoint.tensors))
-    text = text_tensors(params.text, picker, OUTTYPES[outtype], without_qk)
+    text = text_tensors(params.text, picker, OUTTYPES[outtype], without)
     vision = vision_tensors(params.vision, params.text.n_embd, picker, OUTTYPES[_vision_outtype(outtype)].matrix)
     picker.refuse_leftovers()
     return text, vision
