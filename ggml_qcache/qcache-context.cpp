@@ -576,12 +576,21 @@ void qcache_set_n_threads(qcache_context_t * ctx, int32_t n_threads, int32_t n_t
 // capture
 //
 
+// a graph that captures may have as many nodes as one that does not, but other outputs and another order: the allocator
+// would take it for the one it knows
+static void forget_graph(qcache_context_t * ctx) {
+    ctx->galloc.reset(ggml_gallocr_new(ggml_backend_cpu_buffer_type()));
+}
+
 enum qcache_status qcache_capture_start(qcache_context_t * ctx, int32_t what) {
     const int32_t all = QCACHE_CAPTURE_SCORES | QCACHE_CAPTURE_PROBS | QCACHE_CAPTURE_ATTN | QCACHE_CAPTURE_HIDDEN;
     if (what == 0 || (what & ~all) != 0) {
         return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "what to capture is %d, expected enum qcache_capture, added up (1 .. %d)", what, all);
     }
     return guarded([&] {
+        if (!ctx->capture || ctx->capture->kinds() != what) {
+            forget_graph(ctx);
+        }
         ctx->capture = std::make_unique<qcache_capture_store>(what, ctx->model.hparams.n_layer);
         return QCACHE_STATUS_SUCCESS;
     });
@@ -589,6 +598,7 @@ enum qcache_status qcache_capture_start(qcache_context_t * ctx, int32_t what) {
 
 void qcache_capture_stop(qcache_context_t * ctx) {
     ctx->capture.reset();
+    forget_graph(ctx);
 }
 
 const float * qcache_get_captured_ith(qcache_context_t * ctx, enum qcache_capture what, int32_t il, int32_t i, int32_t * n_values) {

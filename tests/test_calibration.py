@@ -222,7 +222,7 @@ def test_mixed_plans_meet_the_budget_and_cost_no_more_than_lazy_ones(mode: str) 
             for metric in ("output", "loss") for drops in (False, True)
         }  # fmt: skip
         measured = measure(llm, settings["output", False])
-        chosen = {key: calibrate(llm, settings[key], measured) for key in settings}
+        chosen = {key: calibrate(llm, settings[key], measured, n_threads=1) for key in settings}
         # a budget out of reach of lazy layers: by brute force over every plan
         high = CalibrationSettings(metric="output", mode=mode, drop_attention=True, **SETTINGS | {"budget": 0.55})
         mixed, runner = calibrate(llm, high, measured), Runner(llm, mode)

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from ..lazy_layers import dropped_of, lazy_of, leaders_of
 
+GAIN = 0.01  # share by which a step must lower the loss: smaller gains are chance, and there is no end of them
 Array = npt.NDArray[np.float64]
 
 
@@ -95,7 +96,7 @@ def by_descent(
     allowed: Callable[[Sequence[int]], bool] = lambda _: True,
     drops: bool = False,
 ) -> tuple[list[int], float]:
-    """Improves a plan by the steps of ``neighbours`` as long as one lowers the loss.
+    """Improves a plan by the steps of ``neighbours`` as long as one lowers the loss by a percent or more.
 
     Args:
         start: ``[n_layer]`` leaders to start from.
@@ -115,8 +116,9 @@ def by_descent(
             if tuple(tried) in seen or not allowed(tried):
                 continue
             seen.add(tuple(tried))
-            tried_loss = loss(tried, best_loss)
-            if tried_loss < best_loss:
+            to_beat = (1 - GAIN) * best_loss
+            tried_loss = loss(tried, to_beat)
+            if tried_loss < to_beat:
                 best, best_loss, improved = tried, tried_loss, True
                 break
     return best, best_loss
