@@ -153,8 +153,9 @@ struct qcache_context_params {
     int32_t                 n_block_tokens;  // tokens in a KV block: 16, 32 (default) or 64
     size_t                  kv_bytes_max;    // limit on KV bytes, 0: none
     enum qcache_lazy_mode   lazy_mode;       // default FILE
-    const int32_t *         lazy_leader;     // [n_lazy_leader], only with GLOBAL or VISUAL; NULL: the file's. Copied. A leader
-                                             // is the nearest full layer before its lazy layers, or QCACHE_LEADER_NONE
+    const int32_t *         lazy_leader;     // [n_lazy_leader], only with GLOBAL or VISUAL; NULL: the file's. Copied. Of a
+                                             // full layer itself, of a lazy one the nearest full layer before it, of a
+                                             // dropped one QCACHE_LEADER_NONE
     int32_t                 n_lazy_leader;
     const float *           vis_bias;        // δ [n_layer][n_head] of lazy layers in VISUAL; NULL: the file's. Copied.
     int32_t                 n_vis_bias;      // floats

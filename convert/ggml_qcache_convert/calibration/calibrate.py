@@ -310,8 +310,8 @@ class _Budget:
         assert settings.budget is not None
         n_layer, samples = runner.n_layer, measured.samples
         self._share, self._n_layer = settings.budget, n_layer
-        self._lazy, self._full = runner.kv_bytes(leaders_of([n_layer - 1], n_layer), samples) if n_layer > 1 else (0, 1)
-        self._dropped, _ = runner.kv_bytes(leaders_of((), n_layer, [n_layer - 1]), samples)
+        self._dropped, self._full = runner.kv_bytes(leaders_of((), n_layer, [n_layer - 1]), samples)
+        self._lazy = runner.kv_bytes(leaders_of([n_layer - 1], n_layer), samples)[0] if n_layer > 1 else 0
         self._unmet = (
             f"lazy_budget {settings.budget} can't be met: in {settings.mode} mode {n_layer - 1} of {n_layer} lazy layers save "
             f"{(n_layer - 1) * self._lazy / self._full:.3f} of the KV bytes, with {measured.visual_share:.0%} of the calibration tokens visual"
