@@ -1,17 +1,20 @@
-"""What lazy layers cost in accuracy, on the mini-LLaVA's held-out scenes, beside other ways to save KV bytes.
+"""What lazy and dropped layers cost in accuracy, on the mini-LLaVA's held-out scenes, beside other ways to save KV bytes.
 
 The layers are chosen on training scenes by each metric at each budget, then every plan answers the same questions: greedy,
 through our own runtime. One run gives one table, and JSON with `--json`.
 
-    python bench/bench_quality.py --scenes 1000 --modes visual,global --budgets 0.2,0.3 --json quality.json
+    python bench/bench_quality.py --scenes 1000 --modes visual,global --budgets 0.2,0.3 --mixed-budgets 0.35 --json quality.json
 
 KV bytes saved are counted in the blocks that each question fills when asked alone. The mean loss is over all six tasks, in
 points; a caption counts when it is right to the letter. Perplexity, KL divergence and top-1 agreement are over every token of
 the right answers, the last two against the untouched model.
 
-Controls: `random` draws as many lazy layers; `dropped` zeroes the attention of whole layers, which then need no K and V;
+Mixed plans may also drop layers' attention, so that `output` and `loss` choose among full, lazy and dropped for each layer.
+
+Controls: `random` draws as many lazy layers; `dropped` only drops layers, those whose loss alone changes the logits least;
 `pruned` keeps the visual tokens of highest attention after two layers (FastV); `scaled` resamples the grid of visual tokens
-to a smaller one; `quantised` stores K and V in eight and in four bits; `corrections` corrects the choice of the last metric.
+to a smaller one; `quantised` stores K and V in eight and in four bits; `corrections` corrects the choice of the last metric in
+each way and in all, `corrected` in all only (as it is for mixed plans).
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from eval import score, test_set, write_json  # isort: skip  # quality_runs put 
 from scenes import CLOSED_TASKS, TASKS  # isort: skip
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "mini-llava" / "model"
-CONTROLS = ("corrections", "random", "dropped", "pruned", "scaled", "quantised")
+CONTROLS = ("corrections", "corrected", "random", "dropped", "pruned", "scaled", "quantised")
 
 
 def row(plan: Plan, answers: Answers, untouched: Answers, tests: Sequence[Test]) -> dict[str, Any]:
@@ -56,7 +59,7 @@ def row(plan: Plan, answers: Answers, untouched: Answers, tests: Sequence[Test])
         "kv_type": plan.kv_type,
         "prune": plan.prune,
         "visual_tokens_a_side": plan.side,
-        "dropped_layers": list(plan.dropped),
+        "dropped_layers": plan.dropped_layers,
         "kv_saved": 1 - answers.kv_bytes / answers.full_bytes,
         "mean_loss_points": float(np.mean(list(losses.values()))),
         "closed_mean": scored["closed_mean"],
@@ -73,13 +76,14 @@ def row(plan: Plan, answers: Answers, untouched: Answers, tests: Sequence[Test])
 def table(rows: Sequence[dict[str, Any]], n_scenes: int) -> Table:
     """The rows as a rich table."""
     shown = Table(title=f"{n_scenes} held-out scenes; accuracy in percent, loss in points of the mean over all tasks")
-    headings = ("method", "mode", "lazy", "KV saved", "loss", *CLOSED_TASKS, "caption", "recalled", "perplexity", "KL", "top-1")
+    headings = ("method", "mode", "lazy", "dropped", "KV saved", "loss", *CLOSED_TASKS, "caption", "recalled", "perplexity", "KL", "top-1")
     for heading in headings:
         shown.add_column(heading, justify="left" if heading in ("method", "mode") else "right")
     for r in rows:
         accuracies = [f"{100 * r['tasks'][task]['accuracy']:.1f}" for task in TASKS if task in r["tasks"]]
         shown.add_row(
-            r["method"], r["mode"], str(len(r["lazy_layers"])), f"{r['kv_saved']:.1%}", f"{r['mean_loss_points']:.1f}", *accuracies,
+            r["method"], r["mode"], str(len(r["lazy_layers"])), str(len(r["dropped_layers"])), f"{r['kv_saved']:.1%}",
+            f"{r['mean_loss_points']:.1f}", *accuracies,
             f"{100 * r['caption']['recalled']:.1f}", f"{r['caption_perplexity']:.3f}", f"{r['kl']:.4f}", f"{r['top1_agreement']:.1%}",
         )  # fmt: skip
     return shown
@@ -93,14 +97,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--modes", default="visual,global", help="lazy modes")
     p.add_argument("--metrics", default="js,loss,output", help="what chooses the lazy layers; the last one's choice is corrected too")
     p.add_argument("--budgets", default="0.2,0.3", help="shares of the KV bytes to save")
+    p.add_argument("--mixed-budgets", default="", help="shares to save where layers may also lose their attention")
     p.add_argument("--controls", default=",".join(CONTROLS), help="what else to compare (default: all)")
     p.add_argument("--calibration-samples", type=int, default=32, help="training scenes to choose on")
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="threads, a context each")
     p.add_argument("--json", type=Path, help="write the rows here too, after each of them")
     args = p.parse_args(argv)
-    for name in ("modes", "metrics", "budgets", "controls"):
+    for name in ("modes", "metrics", "budgets", "mixed_budgets", "controls"):
         setattr(args, name, [part for part in getattr(args, name).split(",") if part])
-    args.budgets = [float(budget) for budget in args.budgets]
+    args.budgets, args.mixed_budgets = ([float(budget) for budget in budgets] for budgets in (args.budgets, args.mixed_budgets))
     if unknown := sorted(set(args.controls) - set(CONTROLS)):
         p.error(f"--controls {','.join(unknown)} isn't among {','.join(CONTROLS)}")
     if args.scenes < 1 or args.calibration_samples < 1 or args.threads < 1:
@@ -131,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     write_json(result, args.json)
 
             add(Plan("none"), untouched)
-            plans = make_plans(llm, args.modes, args.metrics, args.budgets, args.controls, args.calibration_samples)
+            plans = make_plans(llm, args.modes, args.metrics, args.budgets, args.mixed_budgets, args.controls, args.calibration_samples)
             for plan in plans:
                 add(plan, run_plan(llm, plan, tests, prompts, untouched, args.threads))
     Console(width=180).print(table(result["rows"], args.scenes))

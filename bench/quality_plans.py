@@ -1,4 +1,4 @@
-"""What bench_quality compares: lazy layers by every metric with and without corrections, and what else saves KV bytes."""
+"""What bench_quality compares: lazy layers, dropped ones and both mixed, with and without corrections, and what else saves KV bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ggml_qcache import Llama
 from ggml_qcache_convert.calibration import CalibrationSettings, Measured, calibrate, measure
 from ggml_qcache_convert.calibration.runner import Runner
 from ggml_qcache_convert.calibration.correct import correct
-from ggml_qcache_convert.calibration.weights import Weights
 from ggml_qcache_convert.lazy_layers import leaders_of
 from quality_runs import Plan
 from scenes import TASKS, ask, make_scene, render
@@ -39,9 +38,9 @@ class Calibrator:
         self._measured: dict[str, Measured] = {}
         self.n_layer: int = llm.native_model.info.n_layer
 
-    def settings(self, metric: str, mode: str, budget: float) -> CalibrationSettings:
+    def settings(self, metric: str, mode: str, budget: float, drops: bool = False) -> CalibrationSettings:
         """How layers are chosen."""
-        return CalibrationSettings(metric=metric, mode=mode, budget=budget, **self._kept)
+        return CalibrationSettings(metric=metric, mode=mode, budget=budget, drop_attention=drops, **self._kept)
 
     def measured(self, mode: str) -> Measured:
         """The measurements, made once a mode."""
@@ -49,11 +48,11 @@ class Calibrator:
             self._measured[mode] = measure(self._llm, self.settings("js", mode, 0.2), progress=True)
         return self._measured[mode]
 
-    def lazy(self, metric: str, mode: str, budget: float) -> Plan:
-        """Lazy layers chosen by a metric."""
+    def lazy(self, metric: str, mode: str, budget: float, drops: bool = False) -> Plan:
+        """Lazy layers, and with ``drops`` layers without attention, chosen by a metric."""
         started = time.monotonic()
-        leaders = calibrate(self._llm, self.settings(metric, mode, budget), self.measured(mode), progress=True).leaders
-        return Plan(metric, mode, leaders, seconds=time.monotonic() - started)
+        leaders = calibrate(self._llm, self.settings(metric, mode, budget, drops), self.measured(mode), progress=True).leaders
+        return Plan(f"mixed, {metric}" if drops else metric, mode, leaders, seconds=time.monotonic() - started)
 
     def corrected(self, plan: Plan, wanted: Sequence[str]) -> Plan:
         """A plan with some of its corrections."""
@@ -70,16 +69,10 @@ class Calibrator:
     def dropped(self, budget: float) -> Plan:
         """As many layers without attention as the budget takes, those whose loss alone changes the logits least."""
         started = time.monotonic()
-        runner, measured, weights = Runner(self._llm, "visual"), self.measured("visual"), Weights(self._llm.model_path)
-        everything = list(range(self.n_layer))
-        names = [f"blk.{layer}.attn_output.weight" for layer in everything]
-        costs = []
-        for name in names:
-            with weights.replaced(self._llm.native_model, {name: np.zeros_like(weights[name])}):
-                costs.append(runner.kl(everything, measured))
-        chosen = sorted(np.argsort(costs)[: int(np.ceil(budget * self.n_layer))].tolist())
-        zeros = {names[layer]: np.zeros_like(weights[names[layer]]) for layer in chosen}
-        return Plan("attention dropped", weights=zeros, dropped=chosen, seconds=time.monotonic() - started)
+        runner, measured = Runner(self._llm, "visual"), self.measured("visual")
+        costs = [runner.kl(leaders_of((), self.n_layer, [layer]), measured) for layer in range(self.n_layer)]
+        chosen = np.argsort(costs)[: int(np.ceil(budget * self.n_layer))].tolist()
+        return Plan("attention dropped", leaders=leaders_of((), self.n_layer, chosen), seconds=time.monotonic() - started)
 
     def prune(self, budget: float) -> tuple[int, float] | None:
         """Layers that see every token, and share of an image's tokens to keep after them; None: the budget can't be met so."""
@@ -100,17 +93,31 @@ class Calibrator:
         return Plan("random", mode, leaders_of(chosen, self.n_layer))
 
 
+def corrections(mode: str, controls: Sequence[str]) -> list[list[str]]:
+    """The sets of corrections to try, all together the last: with ``corrections`` each alone before."""
+    wanted = [name for name in CORRECTIONS if mode == "visual" or name != "vis_bias"]
+    alone = [[name] for name in wanted] if "corrections" in controls else []
+    return [*alone, wanted] if alone or "corrected" in controls else []
+
+
 def make_plans(
-    llm: Llama, modes: Sequence[str], metrics: Sequence[str], budgets: Sequence[float], controls: Sequence[str], n_samples: int
+    llm: Llama,
+    modes: Sequence[str],
+    metrics: Sequence[str],
+    budgets: Sequence[float],
+    mixed_budgets: Sequence[float],
+    controls: Sequence[str],
+    n_samples: int,
 ) -> Iterator[Plan]:
     """The rows of the table after the untouched model's.
 
     Args:
         llm: The model, with every layer full.
         modes: Lazy modes.
-        metrics: What chooses lazy layers; the last one's choice is corrected too.
-        budgets: Shares of the KV bytes to save; those that a mode can't reach are left out there.
-        controls: Of ``corrections``, ``random``, ``dropped``, ``pruned``, ``scaled``, ``quantised``.
+        metrics: What chooses the layers; the last one's choice is corrected too.
+        budgets: Shares of the KV bytes to save with lazy layers; those that a mode can't reach are left out there.
+        mixed_budgets: Likewise where layers may also lose their attention, by those of the metrics that can tell what that costs.
+        controls: Of ``corrections``, ``corrected``, ``random``, ``dropped``, ``pruned``, ``scaled``, ``quantised``.
         n_samples: Training scenes to choose on.
     """
     if "quantised" in controls:
@@ -118,9 +125,10 @@ def make_plans(
             yield Plan(kv_type, kv_type=kv_type)
     with tempfile.TemporaryDirectory() as folder:
         calibrator = Calibrator(llm, Path(folder), n_samples)
-        for budget in budgets:
-            if "dropped" in controls:
+        if "dropped" in controls:
+            for budget in sorted({*budgets, *mixed_budgets}):
                 yield calibrator.dropped(budget)
+        for budget in budgets:
             if "pruned" in controls and (prune := calibrator.prune(budget)) is not None:
                 yield Plan("pruned", prune=prune)
             share = budget / calibrator.visual_share()
@@ -137,11 +145,17 @@ def make_plans(
                     continue
                 if "random" in controls:
                     yield calibrator.random(mode, len(best.lazy_layers), 0)
-                if "corrections" in controls:
-                    wanted = [name for name in CORRECTIONS if mode == "visual" or name != "vis_bias"]
-                    for names in [*([name] for name in wanted), wanted]:
-                        yield calibrator.corrected(best, names)
+                for names in corrections(mode, controls):
+                    yield calibrator.corrected(best, names)
                 # half of the budget pruned
                 if "pruned" in controls and mode == "visual" and (prune := calibrator.prune(budget / 2)) is not None:
                     kept = leaders_of([layer for layer in best.lazy_layers if layer > PRUNED_AFTER], calibrator.n_layer)
                     yield Plan(f"{best.method} + pruned", mode, kept, prune=prune)
+            for budget in mixed_budgets:
+                best = None
+                for metric in (metric for metric in metrics if metric != "js"):
+                    best = calibrator.lazy(metric, mode, budget, drops=True)
+                    yield best
+                for names in corrections(mode, controls)[-1:]:
+                    if best is not None and best.lazy_layers:
+                        yield calibrator.corrected(best, names)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = (
-    "method", "mode", "lazy layers", "KV saved", "mean loss, points", "closed tasks", "caption, exact", "objects recalled",
+    "method", "mode", "lazy layers", "dropped layers", "KV saved", "mean loss, points", "closed tasks", "caption, exact", "objects recalled",
     "objects made up", "caption perplexity", "KL, nats", "top-1 agreement",
 )  # fmt: skip
 
@@ -26,7 +26,8 @@ def cells(result: dict[str, Any]) -> Iterator[list[str]]:
     for row in result["rows"]:
         caption = row["tasks"]["caption"]
         yield [
-            row["method"], row["mode"], str(len(row["lazy_layers"])), f"{row['kv_saved']:.1%}", f"{row['mean_loss_points']:.1f}",
+            row["method"], row["mode"], str(len(row["lazy_layers"])), str(len(row["dropped_layers"])), f"{row['kv_saved']:.1%}",
+            f"{row['mean_loss_points']:.1f}",
             f"{100 * row['closed_mean']:.1f}", f"{100 * caption['accuracy']:.1f} ± {100 * caption['stderr']:.1f}",
             f"{100 * row['caption']['recalled']:.1f}", f"{100 * row['caption']['hallucinated']:.1f}",
             f"{row['caption_perplexity']:.3f}", f"{row['kl']:.4f}", f"{row['top1_agreement']:.1%}",

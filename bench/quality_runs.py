@@ -22,6 +22,7 @@ from ggml_qcache.native import Context, Model
 from ggml_qcache.pruning import PrunedContext
 from ggml_qcache_convert.calibration.attention import kl_divergence, log_softmax
 from ggml_qcache_convert.calibration.weights import Weights
+from ggml_qcache_convert.lazy_layers import dropped_of, lazy_of
 from scipy.ndimage import zoom
 from tqdm import tqdm
 
@@ -76,13 +77,12 @@ class Plan:
 
     Attributes:
         method: What the row is called.
-        mode: ``off``, ``visual`` or ``global``.
+        mode: ``visual`` or ``global``; ``off`` where no layer is lazy.
         leaders: ``[n_layer]``; None: every layer full.
         kv_type: Type of K and V.
         weights, vis_bias: Of corrections.
         prune: Layers that see every token, and share of the visual tokens that stay after them.
         side: Visual tokens a side, resampled; None: as they are.
-        dropped: Layers without attention.
         seconds: What choosing took.
     """
 
@@ -94,19 +94,24 @@ class Plan:
     vis_bias: Array | None = None
     prune: tuple[int, float] | None = None
     side: int | None = None
-    dropped: Sequence[int] = ()
     seconds: float = 0.0
 
     @property
     def lazy_layers(self) -> list[int]:
         """The lazy layers, ascending."""
-        return [layer for layer, leader in enumerate(self.leaders or []) if leader != layer]
+        return lazy_of(self.leaders or [])
+
+    @property
+    def dropped_layers(self) -> list[int]:
+        """The layers without attention, ascending."""
+        return dropped_of(self.leaders or [])
 
     def context_params(self) -> dict[str, Any]:
         """What ``Context`` is made with."""
         lazy: dict[str, Any] = {"lazy_mode": "off"}
         if self.leaders is not None:
-            lazy = {"lazy_mode": self.mode, "lazy_leader": self.leaders, "vis_bias": self.vis_bias}
+            mode = "visual" if self.mode == "off" else self.mode  # without lazy layers either is the same
+            lazy = {"lazy_mode": mode, "lazy_leader": self.leaders, "vis_bias": self.vis_bias}
         return {
             "n_ctx": 1024, "n_seq_max": SEQUENCES, "type_k": self.kv_type, "type_v": self.kv_type,
             "block_tokens": BLOCK_TOKENS, "n_threads": 1, "n_threads_batch": 1, **lazy,
@@ -206,8 +211,6 @@ class SharedSession(Session):
     def __init__(self, model: Model, plan: Plan) -> None:
         self._context = Context(model, **plan.context_params())
         self._usage = self._context.kv_usage()
-        # a layer without attention would keep neither K nor V
-        self._kept = 1 - len(plan.dropped) / model.info.n_layer
 
     def ask(self, prompt: Prompt) -> Array:
         """As ``Session``."""
@@ -233,7 +236,7 @@ class SharedSession(Session):
         for question, n in zip(prompt.questions, n_answer):
             blocks = count_blocks(prompt, len(question) + n)
             total += sum(count * self._usage[kind] for count, kind in zip(blocks, kinds))
-        return round(total * self._kept)
+        return total
 
 
 class PrunedSession(Session):
@@ -310,7 +313,7 @@ def run_plan(
     started = time.monotonic()
     with Context(model, **Plan("none").context_params()) as context:
         full_block_bytes = context.kv_usage()["bytes_block_full"]
-    bar = tqdm(total=len(prompts), desc=f"{plan.method} {plan.mode} {len(plan.lazy_layers)}", unit="scene", leave=False)
+    bar = tqdm(total=len(prompts), desc=f"{plan.method} {plan.mode} {len(plan.lazy_layers)}+{len(plan.dropped_layers)}", unit="scene", leave=False)
 
     def work(mine: Sequence[Prompt]) -> tuple[int, int]:
         session: Session = PrunedSession(model, plan) if plan.prune else SharedSession(model, plan)
@@ -341,8 +344,7 @@ def run_plan(
             session.close()
         return kv_bytes, full_bytes
 
-    weights = Weights(llm.model_path)
-    with bar, weights.replaced(model, plan.weights), ThreadPoolExecutor(n_threads) as pool:
+    with bar, Weights.of(model).replaced(model, plan.weights), ThreadPoolExecutor(n_threads) as pool:
         for kv_bytes, full_bytes in pool.map(work, [prompts[i::n_threads] for i in range(n_threads)]):
             result.kv_bytes += kv_bytes
             result.full_bytes += full_bytes

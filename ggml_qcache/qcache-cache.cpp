@@ -27,7 +27,7 @@ qcache_layout::qcache_layout(const qcache_hparams & hparams, const std::vector<i
     for (int modality = 0; modality < 2; modality++) {
         size_t offset = 0;
         for (int32_t il = 0; il < hparams.n_layer; il++) {
-            const bool keeps_v = il >= first && il < end;
+            const bool keeps_v = il >= first && il < end && leader[il] != QCACHE_LEADER_NONE;
             const bool keeps_k = keeps_v && (leader[il] == il || (mode == QCACHE_LAZY_MODE_VISUAL && modality == QCACHE_MODALITY_TEXT));
             k_offset[modality].push_back(keeps_k ? offset : none);
             offset += keeps_k ? k_bytes : 0;
@@ -136,7 +136,7 @@ void qcache_cache::read(int32_t id, size_t part, size_t offset, void * to, size_
     ggml_backend_tensor_get(from.tensor, to, offset, size);
 }
 
-struct qcache_kv_usage qcache_cache::usage(int32_t n_lazy_layers) const {
+struct qcache_kv_usage qcache_cache::usage() const {
     struct qcache_kv_usage u = {};
 
     u.n_blocks_text      = mgr.n_blocks(QCACHE_MODALITY_TEXT);
@@ -151,7 +151,6 @@ struct qcache_kv_usage qcache_cache::usage(int32_t n_lazy_layers) const {
     u.bytes_block_text   = block_bytes[QCACHE_MODALITY_TEXT];
     u.bytes_block_visual = block_bytes[QCACHE_MODALITY_VISUAL];
     u.n_block_tokens     = parts[0].layout.n_block_tokens;
-    u.n_lazy_layers      = n_lazy_layers;
     for (int32_t s = 0; s < mgr.n_seqs(); s++) {
         for (const auto & block : mgr.seq(s)) {
             (block.modality == QCACHE_MODALITY_VISUAL ? u.n_tokens_visual : u.n_tokens_text) += block.n;

@@ -18,8 +18,8 @@ struct qcache_layout {
     int32_t             type_k;
     int32_t             type_v;
     std::vector<size_t> k_offset[2]; // [n_layer]; none where the layer keeps no K for that modality
-    std::vector<size_t> v_offset[2];
-    size_t              block_bytes[2];
+    std::vector<size_t> v_offset[2]; // likewise; none where the layer has no attention
+    size_t              block_bytes[2]; // 0 where no layer has
     size_t              full_block_bytes; // of a block in which every layer keeps K and V
 
     // of layers first .. end-1; the others keep nothing
@@ -51,7 +51,7 @@ class qcache_cache {
     // Copies bytes of a block's part to the host.
     void read(int32_t id, size_t part, size_t offset, void * to, size_t size) const;
 
-    struct qcache_kv_usage usage(int32_t n_lazy_layers) const;
+    struct qcache_kv_usage usage() const; // without the counts of layers
 
     // state as a stream of bytes, so that memory and file share one walk
     using sink = std::function<bool(const void * data, size_t size)>;

@@ -17,6 +17,7 @@ class qcache_capture_store {
 
     qcache_capture_store(int32_t what, int32_t n_layer);
 
+    int32_t kinds() const { return what; } // enum qcache_capture, added up
     bool wants(enum qcache_capture kind) const { return (what & kind) != 0; }
 
     // A batch with n_out rows to keep; earlier ones go.

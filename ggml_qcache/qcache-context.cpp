@@ -69,10 +69,12 @@ struct qcache_context {
     int32_t n_lazy_layers() const {
         int32_t n = 0;
         for (int32_t il = 0; il < model.hparams.n_layer; il++) {
-            n += leader[il] != il;
+            n += leader[il] != il && leader[il] != QCACHE_LEADER_NONE;
         }
         return n;
     }
+
+    int32_t n_dropped_layers() const { return (int32_t) std::count(leader.begin(), leader.end(), QCACHE_LEADER_NONE); }
 };
 
 namespace {
@@ -469,9 +471,10 @@ enum qcache_status check_params(const qcache_model & model, struct qcache_contex
     return QCACHE_STATUS_SUCCESS;
 }
 
-// layers of the Lazy Block of layer il that come after the ones before il
-int32_t count_followers(const std::vector<int32_t> & leader, int32_t il) {
-    return (int32_t) std::count(leader.begin() + il, leader.end(), leader[il]);
+// last layer of the Lazy Block of layer il
+int32_t last_of_block(const std::vector<int32_t> & leader, int32_t il) {
+    const auto last = std::find(leader.rbegin(), leader.rend(), leader[il]);
+    return (int32_t) (leader.rend() - last) - 1;
 }
 
 // the leaders and the mode in force, and whether the weights they need are there
@@ -493,18 +496,28 @@ enum qcache_status choose_lazy(const qcache_model & model, const struct qcache_c
         const bool computed = il >= p.layer_first && il < p.layer_first + p.n_layers;
         leader[il]          = mode == QCACHE_LAZY_MODE_OFF || !computed ? il : leader[il];
         any                 = any || leader[il] != il;
-        if (computed && leader[il] < p.layer_first) {
+        if (!computed || leader[il] == QCACHE_LEADER_NONE) {
+            continue;
+        }
+        if (leader[il] < p.layer_first) {
             return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "layer %d is lazy and its leader %d comes before layer_first %d", il, leader[il],
                                p.layer_first);
         }
+        const auto & layer = model.layers[il];
         for (const auto & placement : model.placements) {
-            if (computed && leader[il] < placement.first && placement.first <= il && il < placement.end) {
+            if (leader[il] < placement.first && placement.first <= il && il < placement.end) {
                 return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT,
                                    "layer %d is lazy and on the GPU, its leader %d is not: with these layers n_gpu_layers %d or %d would do", il,
-                                   leader[il], hp.n_layer - il - count_followers(leader, il), hp.n_layer - leader[il]);
+                                   leader[il], hp.n_layer - 1 - last_of_block(leader, il), hp.n_layer - leader[il]);
             }
         }
-        if (computed && (leader[il] == il || mode != QCACHE_LAZY_MODE_GLOBAL) && (model.layers[il].wq == nullptr || model.layers[il].wk == nullptr)) {
+        if (layer.attn_norm == nullptr || layer.wv == nullptr || layer.wo == nullptr) {
+            return qcache_fail(QCACHE_STATUS_UNSUPPORTED,
+                               "layer %d needs blk.%d.attn_norm.weight, attn_v.weight and attn_output.weight, which the file left out because "
+                               "the layer has no attention there: convert with --keep-qk to run it in another way",
+                               il, il);
+        }
+        if ((leader[il] == il || mode != QCACHE_LAZY_MODE_GLOBAL) && (layer.wq == nullptr || layer.wk == nullptr)) {
             return qcache_fail(QCACHE_STATUS_UNSUPPORTED,
                                "layer %d needs blk.%d.attn_q.weight and attn_k.weight, which the file left out because the layer is lazy in "
                                "global mode there: convert with --keep-qk to run it in another way",
@@ -674,6 +687,14 @@ void qcache_set_n_threads(qcache_context_t * ctx, int32_t n_threads, int32_t n_t
 // capture
 //
 
+// a graph that captures may have as many nodes as one that does not, but other outputs and another order: the allocator
+// would take it for the one it knows
+static void forget_graph(qcache_context_t * ctx) {
+    for (auto & stage : ctx->stages) {
+        stage.galloc.reset(ggml_gallocr_new(stage.buft()));
+    }
+}
+
 enum qcache_status qcache_capture_start(qcache_context_t * ctx, int32_t what) {
     const int32_t all = QCACHE_CAPTURE_SCORES | QCACHE_CAPTURE_PROBS | QCACHE_CAPTURE_ATTN | QCACHE_CAPTURE_HIDDEN;
     if (what == 0 || (what & ~all) != 0) {
@@ -684,6 +705,9 @@ enum qcache_status qcache_capture_start(qcache_context_t * ctx, int32_t what) {
                            qcache_model_get_info(&ctx->model).n_gpu_layers);
     }
     return guarded([&] {
+        if (!ctx->capture || ctx->capture->kinds() != what) {
+            forget_graph(ctx);
+        }
         ctx->capture = std::make_unique<qcache_capture_store>(what, ctx->model.hparams.n_layer);
         return QCACHE_STATUS_SUCCESS;
     });
@@ -691,6 +715,7 @@ enum qcache_status qcache_capture_start(qcache_context_t * ctx, int32_t what) {
 
 void qcache_capture_stop(qcache_context_t * ctx) {
     ctx->capture.reset();
+    forget_graph(ctx);
 }
 
 const float * qcache_get_captured_ith(qcache_context_t * ctx, enum qcache_capture what, int32_t il, int32_t i, int32_t * n_values) {
@@ -700,6 +725,10 @@ const float * qcache_get_captured_ith(qcache_context_t * ctx, enum qcache_captur
     }
     const int32_t k = out_index(ctx, i);
     if (k < 0) {
+        return nullptr;
+    }
+    if (what != QCACHE_CAPTURE_HIDDEN && ctx->leader[il] == QCACHE_LEADER_NONE) {
+        qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "layer %d has no attention: there is nothing of kind %d", il, (int) what);
         return nullptr;
     }
     const std::vector<float> * values = ctx->capture ? ctx->capture->get(what, il, k) : nullptr;
@@ -720,6 +749,9 @@ enum qcache_status qcache_seq_get_v(const qcache_context_t * ctx, int32_t seq_id
     if (seq_id < 0 || seq_id >= ctx->params.n_seq_max || il < ctx->params.layer_first || il >= end) {
         return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "sequence %d, layer %d: n_seq_max is %d, the context has layers %d .. %d", seq_id, il,
                            ctx->params.n_seq_max, ctx->params.layer_first, end - 1);
+    }
+    if (ctx->leader[il] == QCACHE_LEADER_NONE) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "layer %d has no attention and keeps no V", il);
     }
     const int32_t n_tokens = ctx->cache.blocks().len(seq_id);
     const size_t  expected = (size_t) hp.n_head_kv * n_tokens * hp.head_dim;
@@ -800,7 +832,10 @@ void qcache_clear(qcache_context_t * ctx) {
 }
 
 struct qcache_kv_usage qcache_get_kv_usage(const qcache_context_t * ctx) {
-    return ctx->cache.usage(ctx->n_lazy_layers());
+    struct qcache_kv_usage usage = ctx->cache.usage();
+    usage.n_lazy_layers          = ctx->n_lazy_layers();
+    usage.n_dropped_layers       = ctx->n_dropped_layers();
+    return usage;
 }
 
 //

@@ -146,8 +146,8 @@ enum qcache_status read_lazy(const reader & r, qcache_hparams & hp) {
     }
     int32_t version = 0;
     TRY(r.count("qcache.version", version, -1));
-    if (version != 1) {
-        return qcache_fail(QCACHE_STATUS_UNSUPPORTED, "%s: qcache.version is %d, this library reads version 1", r.path, version);
+    if (version != 1 && version != 2) {
+        return qcache_fail(QCACHE_STATUS_UNSUPPORTED, "%s: qcache.version is %d, this library reads versions 1 and 2", r.path, version);
     }
     std::string mode;
     TRY(r.string("qcache.lazy.mode", mode, true));
@@ -161,6 +161,12 @@ enum qcache_status read_lazy(const reader & r, qcache_hparams & hp) {
     const size_t    n      = gguf_get_arr_n(r.gguf, id);
     const std::string source = std::string(r.path) + ": " + key;
     TRY(qcache_lazy_leader_check(leader, n, hp.n_layer, source.c_str(), QCACHE_STATUS_INVALID_MODEL));
+    for (int32_t il = 0; il < hp.n_layer && version == 1; il++) {
+        if (leader[il] == QCACHE_LEADER_NONE) {
+            return qcache_fail(QCACHE_STATUS_INVALID_MODEL, "%s[%d] is %d, a layer without attention, which version 1 of the format has not",
+                               source.c_str(), il, leader[il]);
+        }
+    }
 
     hp.lazy_leader.assign(leader, leader + n);
     for (int32_t il = 0; il < hp.n_layer; il++) {
@@ -178,21 +184,29 @@ enum qcache_status qcache_lazy_leader_check(const int32_t * leader, size_t n, in
     if (n != (size_t) n_layer) {
         return qcache_fail(status, "%s has %zu values, the model has %d layers", source, n, n_layer);
     }
+    int32_t before = -1; // the last layer with attention
     for (int32_t il = 0; il < n_layer; il++) {
         const int32_t j = leader[il];
+        if (j == QCACHE_LEADER_NONE) {
+            continue;
+        }
         if (j < 0 || j >= n_layer) {
-            return qcache_fail(status, "%s[%d] is %d, expected 0 .. %d", source, il, j, n_layer - 1);
+            return qcache_fail(status, "%s[%d] is %d, expected 0 .. %d, or %d for no attention", source, il, j, n_layer - 1, QCACHE_LEADER_NONE);
         }
         if (j > il) {
             return qcache_fail(status, "%s[%d] is %d: a leader comes before its lazy layers", source, il, j);
         }
+        if (leader[j] == QCACHE_LEADER_NONE) {
+            return qcache_fail(status, "%s[%d] is %d, but layer %d has no attention", source, il, j, j);
+        }
         if (leader[j] != j) {
             return qcache_fail(status, "%s[%d] is %d, but layer %d is lazy itself (its leader is %d)", source, il, j, j, leader[j]);
         }
-        if (j < il && leader[il - 1] != j) {
+        if (j < il && leader[before] != j) {
             return qcache_fail(status, "%s[%d] is %d, but layer %d between them has leader %d: a Lazy Block is consecutive", source,
-                               il, j, il - 1, leader[il - 1]);
+                               il, j, before, leader[before]);
         }
+        before = il;
     }
     return QCACHE_STATUS_SUCCESS;
 }

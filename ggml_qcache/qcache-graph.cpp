@@ -67,6 +67,26 @@ ggml_tensor * qcache_graph::add(ggml_tensor * a, ggml_tensor * b) {
     return ggml_add(ctx, a, b);
 }
 
+bool qcache_graph::has_attention(int32_t il) const {
+    return step.leader[il] != QCACHE_LEADER_NONE;
+}
+
+int32_t qcache_graph::last_attention() const {
+    int32_t il = step.layer_end - 1;
+    while (il >= step.layer_first && !has_attention(il)) {
+        il--;
+    }
+    return il < step.layer_first ? -1 : il;
+}
+
+bool qcache_graph::leads(int32_t il) const {
+    int32_t next = il + 1;
+    while (next < step.layer_end && !has_attention(next)) {
+        next++;
+    }
+    return next < step.layer_end && step.leader[next] == il;
+}
+
 int32_t qcache_graph::n_own(int32_t il) const {
     if (step.leader[il] == il) {
         return n_rows;
@@ -83,11 +103,11 @@ ggml_tensor * qcache_graph::out_rows(ggml_tensor * x) {
 }
 
 ggml_tensor * qcache_graph::lazy_attention(int32_t il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v) {
-    const auto &  hp      = model.hparams;
-    const auto &  layout  = step.layout;
-    const int32_t j       = step.leader[il];
-    const bool    lazy    = j != il;
-    const bool    leads   = !lazy && il + 1 < step.layer_end && step.leader[il + 1] == il;
+    const auto &  hp        = model.hparams;
+    const auto &  layout    = step.layout;
+    const int32_t j         = step.leader[il];
+    const bool    lazy      = j != il;
+    const bool    is_leader = !lazy && leads(il);
 
     auto & append          = append_nodes[il];
     append.head_dim        = hp.head_dim;
@@ -108,7 +128,7 @@ ggml_tensor * qcache_graph::lazy_attention(int32_t il, ggml_tensor * q, ggml_ten
     p.type_k               = layout.type_k;
     p.type_v               = layout.type_v;
     p.scale                = 1.0f / sqrtf((float) hp.head_dim);
-    p.score_op             = !step.use_scores ? QCACHE_SCORE_NONE : lazy ? QCACHE_SCORE_READ : leads ? QCACHE_SCORE_WRITE : QCACHE_SCORE_NONE;
+    p.score_op             = !step.use_scores ? QCACHE_SCORE_NONE : lazy ? QCACHE_SCORE_READ : is_leader ? QCACHE_SCORE_WRITE : QCACHE_SCORE_NONE;
     p.vis_bias             = nullptr;
     p.step                 = &step.attn;
     for (int m = 0; m < 2; m++) {
@@ -134,10 +154,10 @@ ggml_tensor * qcache_graph::lazy_attention(int32_t il, ggml_tensor * q, ggml_ten
     if (written == nullptr) {
         return nullptr;
     }
-    if (!has_out() && il == step.layer_end - 1) {
+    if (!has_out() && il == last_attention()) {
         return written;
     }
-    if (leads) {
+    if (is_leader) {
         q_cache = q;
     }
     ggml_tensor * q_leader = lazy ? q_cache : nullptr;

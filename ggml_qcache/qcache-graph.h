@@ -65,6 +65,9 @@ class qcache_graph {
     ggml_tensor * swiglu(ggml_tensor * gate, ggml_tensor * up);
     ggml_tensor * add(ggml_tensor * a, ggml_tensor * b);
 
+    bool    has_attention(int32_t il) const;
+    int32_t last_attention() const; // the last of the step's layers that has attention, -1: none has
+
     // Rows that keep their own Q and K in a layer: a prefix of the rows.
     int32_t       n_own(int32_t il) const;
     ggml_tensor * first_rows(ggml_tensor * x, int32_t n);
@@ -84,6 +87,7 @@ class qcache_graph {
     static size_t n_nodes_max(const qcache_step & step);
 
   private:
+    bool leads(int32_t il) const; // lazy layers of this step follow it
     void capture_attention(int32_t il, ggml_tensor * q, ggml_tensor * q_leader, ggml_tensor * written, ggml_tensor * attn);
     void capture(enum qcache_capture kind, int32_t il, ggml_tensor * x);
 
@@ -98,5 +102,5 @@ class qcache_graph {
 };
 
 // The decoders, one family per file under models/: -> logits [n_vocab, n_out], or the residual stream [n_embd, n_out] of a
-// step that ends before the last layer, or the last layer's append node when no row is wanted; NULL on failure.
+// step that ends before the last layer, or the last append node (or the input rows) when no row is wanted; NULL on failure.
 ggml_tensor * qcache_build_llama(qcache_graph & g);

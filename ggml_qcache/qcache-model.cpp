@@ -170,13 +170,14 @@ struct loader {
         for (int32_t il = 0; il < hp.n_layer; il++) {
             place += il == place->end;
             auto &     layer    = model.layers[il];
-            const bool needs_qk = hp.lazy_mode != QCACHE_LAZY_MODE_GLOBAL || hp.lazy_leader[il] == il;
+            const bool attends  = hp.lazy_leader[il] != QCACHE_LEADER_NONE;
+            const bool needs_qk = attends && (hp.lazy_mode != QCACHE_LAZY_MODE_GLOBAL || hp.lazy_leader[il] == il);
 
-            layer.attn_norm = weight(blk(il, "attn_norm.weight"), weight_use::elementwise, true, n_embd);
+            layer.attn_norm = weight(blk(il, "attn_norm.weight"), weight_use::elementwise, attends, n_embd);
             layer.wq        = weight(blk(il, "attn_q.weight"), weight_use::matmul, needs_qk, n_embd, n_q);
             layer.wk        = weight(blk(il, "attn_k.weight"), weight_use::matmul, needs_qk, n_embd, n_kv);
-            layer.wv        = weight(blk(il, "attn_v.weight"), weight_use::matmul, true, n_embd, n_kv);
-            layer.wo        = weight(blk(il, "attn_output.weight"), weight_use::matmul, true, n_q, n_embd);
+            layer.wv        = weight(blk(il, "attn_v.weight"), weight_use::matmul, attends, n_embd, n_kv);
+            layer.wo        = weight(blk(il, "attn_output.weight"), weight_use::matmul, attends, n_q, n_embd);
             layer.bq        = weight(blk(il, "attn_q.bias"), weight_use::elementwise, false, n_q);
             layer.bk        = weight(blk(il, "attn_k.bias"), weight_use::elementwise, false, n_kv);
             layer.bv        = weight(blk(il, "attn_v.bias"), weight_use::elementwise, false, n_kv);
@@ -286,7 +287,10 @@ enum qcache_status place_layers(const struct qcache_model_params & params, ggml_
         return QCACHE_STATUS_UNSUPPORTED; // qcache_last_error() says why
     }
     int32_t first = params.n_gpu_layers < 0 ? 0 : std::max(0, hp.n_layer - params.n_gpu_layers);
-    while (first > 0 && first < hp.n_layer && hp.lazy_leader[first] != first) {
+    const auto torn = [&](int32_t at) {
+        return std::any_of(hp.lazy_leader.begin() + at, hp.lazy_leader.end(), [&](int32_t leader) { return leader >= 0 && leader < at; });
+    };
+    while (torn(first)) {
         first++;
     }
     if (first > 0) {

@@ -35,19 +35,19 @@ struct qcache_hparams {
     int32_t rope_n_ctx_orig  = 0;    // context before scaling
 
     enum qcache_lazy_mode lazy_mode = QCACHE_LAZY_MODE_OFF;
-    std::vector<int32_t>  lazy_leader; // [n_layer]
+    std::vector<int32_t>  lazy_leader; // [n_layer]; QCACHE_LEADER_NONE: no attention
 };
 
 // Reads and checks everything that the decoder needs to know before it sees a weight.
 enum qcache_status qcache_hparams_read(const gguf_context * gguf, const char * path, qcache_hparams & hparams);
 
-// A leader is full and comes before its layers, a Lazy Block is consecutive, layer 0 is full. `source` names the
-// origin in the error, which is of the given status.
+// The leader of a lazy layer is the nearest full layer before it, dropped layers aside. `source` names the origin in
+// the error, which is of the given status.
 enum qcache_status qcache_lazy_leader_check(const int32_t * leader, size_t n, int32_t n_layer, const char * source,
                                             enum qcache_status status);
 
 struct qcache_layer {
-    ggml_tensor * attn_norm = nullptr; // [n_embd]
+    ggml_tensor * attn_norm = nullptr; // [n_embd]; this and the next four: NULL where a dropped layer has none
     ggml_tensor * wq        = nullptr; // [n_embd, n_head * head_dim]; NULL where a globally lazy layer has none
     ggml_tensor * wk        = nullptr; // [n_embd, n_head_kv * head_dim]; likewise
     ggml_tensor * wv        = nullptr; // [n_embd, n_head_kv * head_dim]

@@ -95,13 +95,14 @@ def reference_logits(
         model: ``LlavaForConditionalGeneration`` or a ``...ForCausalLM``, in float64 for a reference that deserves the name.
         embeddings: ``[n, n_embd]`` input rows, those of tokens looked up already.
         visual: ``[n]`` bool, which rows are visual.
-        leader: ``[n_layer]``; ``leader[l] == l`` is a full layer.
+        leader: ``[n_layer]``; ``leader[l] == l`` is a full layer, -1 one without attention.
         mode: ``off``, ``global`` or ``visual``.
         vis_bias: δ of lazy layers, ``[n_head]`` each; counts in visual mode only.
         type_k: How the cache rounds K: ``f32``, ``f16``, ``q8_0`` or ``q4_0``.
         type_v: Likewise V.
         layers: Gets what each layer computed, row first: ``scores`` and ``probs`` ``[n, n_head, n]``, ``attn``
-            ``[n, n_head, head_dim]``, ``hidden`` ``[n, n_embd]``, and its ``v`` ``[n_head_kv, n, head_dim]``.
+            ``[n, n_head, head_dim]``, ``hidden`` ``[n, n_embd]``, and its ``v`` ``[n_head_kv, n, head_dim]``; ``hidden`` alone of
+            a layer without attention.
 
     Returns:
         ``[n, n_vocab]`` float64.
@@ -132,6 +133,11 @@ def reference_logits(
 
     for il, layer in enumerate(text.decoder.layers):
         attn = layer.self_attn
+        if mode != "off" and leader[il] == -1:
+            x = x + layer.mlp(norm(x, layer.post_attention_layernorm))
+            if layers is not None:
+                layers.append({"hidden": x.numpy()})
+            continue
         h = norm(x, layer.input_layernorm)
         v = as_cached(heads(attn.v_proj(h), n_head_kv), type_v)
         lazy = mode != "off" and leader[il] != il

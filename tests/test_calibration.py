@@ -13,39 +13,54 @@ from ref_torch import TextModel, reference_logits
 from tiny_llava import N_LAYER, load, picture, tiny_llava
 
 from ggml_qcache import Llama
-from ggml_qcache_convert import leaders_of
+from ggml_qcache_convert import dropped_of, lazy_of, leaders_of
 from ggml_qcache_convert.calibration import CalibrationSettings, calibrate, measure
 from ggml_qcache_convert.calibration.attention import js_divergence, kl_divergence, length_keeping, log_softmax, sharing_errors
 from ggml_qcache_convert.calibration.runner import Runner
 from ggml_qcache_convert.calibration.samples import choose_pairs
-from ggml_qcache_convert.calibration.select import by_cost, by_descent, by_divergence, by_threshold
+from ggml_qcache_convert.calibration.select import by_cost, by_descent, by_divergence, by_threshold, neighbours
 from ggml_qcache_convert.cli import main
 
 BUDGET = 0.08  # of KV bytes: the tiny model's images are a quarter of its prompts
 SETTINGS = {"images": [picture(0), picture(1)], "n_samples": 3, "n_answer": 4, "n_other_rows": 6, "budget": BUDGET}
 
 
-def plans(n_layer: int) -> list[list[int]]:
-    """Leaders of every plan with a full layer 0."""
-    layers = range(1, n_layer)
-    return [leaders_of(lazy, n_layer) for n in range(n_layer) for lazy in itertools.combinations(layers, n)]
+def plans(n_layer: int, kinds: str) -> list[list[int]]:
+    """Leaders of every plan of these kinds of layers: full, lazy, dropped."""
+    found = []
+    for plan in itertools.product(kinds, repeat=n_layer):
+        lazy, dropped = ([layer for layer, kind in enumerate(plan) if kind == of] for of in "ld")
+        try:
+            found.append(leaders_of(lazy, n_layer, dropped))
+        except ValueError:  # lazy without a leader
+            assert next(kind for kind in plan if kind != "d") == "l"
+    return found
 
 
 def n_lazy(leaders: list[int]) -> int:
-    return sum(leader != layer for layer, leader in enumerate(leaders))
+    return len(lazy_of(leaders))
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_dynamic_programming_finds_what_brute_force_finds(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("kinds", ["fl", "fld"])
+def test_dynamic_programming_finds_what_brute_force_finds(kinds: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    n_layer = int(rng.integers(2, 9))
+    n_layer = int(rng.integers(1, 9 if kinds == "fl" else 8))
     cost = np.triu(rng.random((n_layer, n_layer)) ** 3, 1)
-    for wanted in range(n_layer):
-        allowed = [plan for plan in plans(n_layer) if n_lazy(plan) >= wanted]
-        totals = [sum(cost[leader, layer] for layer, leader in enumerate(plan)) for plan in allowed]
-        best = by_cost(cost, wanted)
-        assert n_lazy(best) >= wanted
-        assert sum(cost[leader, layer] for layer, leader in enumerate(best)) == pytest.approx(min(totals), abs=1e-12)
+    drop_cost = rng.random(n_layer) ** 3
+
+    def total(plan: list[int]) -> float:
+        return sum(drop_cost[layer] if leader == -1 else cost[leader, layer] for layer, leader in enumerate(plan))
+
+    least: dict[tuple[int, int], float] = {}
+    for plan in plans(n_layer, kinds):
+        key = n_lazy(plan), len(dropped_of(plan))
+        least[key] = min(total(plan), least.get(key, np.inf))
+    found = by_cost(cost, drop_cost if "d" in kinds else None)
+    assert found.keys() == least.keys()
+    for key, plan in found.items():
+        assert (n_lazy(plan), len(dropped_of(plan))) == key
+        assert total(plan) == pytest.approx(least[key], abs=1e-12)
 
 
 def test_the_papers_rule() -> None:
@@ -64,6 +79,29 @@ def test_descent_ends_where_no_swap_helps() -> None:
 
     assert by_descent([0, 0, 0, 3, 4, 5], loss) == (target, 0.0)
     assert by_descent([0, 0, 0, 0], loss)[0] == [0, 0, 0, 0]  # nothing to swap
+
+
+def test_descent_with_dropped_layers() -> None:
+    target = [0, -1, 2, 3, 3, -1]
+
+    def loss(leaders: list[int], _to_beat: float) -> float:
+        return float(sum(a != b for a, b in zip(leaders, target)))
+
+    def allowed(leaders: list[int]) -> bool:
+        return n_lazy(leaders) + 2 * len(dropped_of(leaders)) >= 5
+
+    for start in ([0, -1, 2, 2, -1, 5], [0, 0, -1, 0, 0, 5], [-1, -1, 2, -1, 2, 5], [0, 0, 0, 0, 0, 0]):
+        assert by_descent(start, loss, allowed, drops=True) == (target, 0.0)
+    # a start without dropped layers stays without where none may be dropped
+    assert dropped_of(by_descent([0, 0, 2, 2, 2, 2], loss, allowed)[0]) == []
+
+
+def test_neighbours_of_a_plan() -> None:
+    assert list(neighbours([0, 0, 2], False)) == [[0, 1, 1]]
+    assert sorted(neighbours([0, -1, 2], True)) == sorted([[-1, 1, 2], [0, 1, -1], [0, 1, 2], [0, 0, 2]])
+    for plan in plans(5, "fld"):
+        kinds = sorted((n_lazy(plan), len(dropped_of(plan))) for plan in neighbours(plan, False))
+        assert kinds == [(n_lazy(plan), len(dropped_of(plan)))] * len(kinds)  # a swap saves the same
 
 
 def test_divergences_by_definition() -> None:
@@ -89,6 +127,7 @@ def test_sharing_error_is_what_the_lazy_layer_would_do(core_models: CoreModels, 
     model = core_models["llama-gqa-32"]
     prompt = make_prompt(model.native, "t7 v21 t9")
     n_layer, rows = model.native.info.n_layer, np.array([5, 12, 27, 28, 36])
+    bias = np.random.default_rng(1).normal(0, 0.1, model.native.info.n_embd)  # of W_o: a layer without attention loses it too
 
     def w_o(layer: int) -> np.ndarray:
         return TextModel.of(model.hf).decoder.layers[layer].self_attn.o_proj.weight.detach().numpy()
@@ -108,8 +147,10 @@ def test_sharing_error_is_what_the_lazy_layer_would_do(core_models: CoreModels, 
                 out[i, :, : row + 1] = context.captured("scores", layer, row)
             return out
 
-        errors = sharing_errors(
-            scores, context.seq_v, w_o, lambda layer: np.stack([context.captured("hidden", layer - 1, row) for row in rows]),
+        inputs = model.embeddings(prompt).numpy()[rows]
+        errors, dropped = sharing_errors(
+            scores, context.seq_v, lambda layer: (w_o(layer), bias),
+            lambda layer: np.stack([context.captured("hidden", layer - 1, row) for row in rows]) if layer else inputs,
             prompt.visual[rows], prompt.visual, mode, n_layer,
         )  # fmt: skip
     untouched = layers_of(list(range(n_layer)))
@@ -128,10 +169,14 @@ def test_sharing_error_is_what_the_lazy_layer_would_do(core_models: CoreModels, 
             lazy = np.einsum("thk,hkd->thd", weights, v)[rows]
         own = untouched[layer]["attn"][rows].reshape(len(rows), -1) @ w_o(layer).T
         lazy = lazy.reshape(len(rows), -1) @ w_o(layer).T
-        after = untouched[layer - 1]["hidden"][rows] + own
+        after = untouched[layer - 1]["hidden"][rows] + own + bias
         expected = (((lazy - own) ** 2).sum(1) / (after**2).sum(1)).mean()
         assert errors[leader, layer] == pytest.approx(expected, rel=1e-3)
     assert not np.tril(errors).any()
+    for layer in range(n_layer):
+        own = untouched[layer]["attn"][rows].reshape(len(rows), -1) @ w_o(layer).T + bias
+        after = (untouched[layer - 1]["hidden"][rows] if layer else inputs) + own
+        assert dropped[layer] == pytest.approx(((own**2).sum(1) / (after**2).sum(1)).mean(), rel=1e-3)
 
 
 def test_random_combinations_keep_lengths() -> None:
@@ -169,8 +214,32 @@ def test_plans_meet_the_budget_and_loss_is_best(mode: str) -> None:
     assert 0 <= measured.js_divergence.min() and measured.js_divergence.max() <= np.log(2)
 
 
+@pytest.mark.parametrize("mode", ["visual", "global"])
+def test_mixed_plans_meet_the_budget_and_cost_no_more_than_lazy_ones(mode: str) -> None:
+    with load(lazy_layers="none") as llm:
+        settings = {
+            (metric, drops): CalibrationSettings(metric=metric, mode=mode, drop_attention=drops, **SETTINGS)
+            for metric in ("output", "loss") for drops in (False, True)
+        }  # fmt: skip
+        measured = measure(llm, settings["output", False])
+        chosen = {key: calibrate(llm, settings[key], measured, n_threads=1) for key in settings}
+        # a budget out of reach of lazy layers: by brute force over every plan
+        high = CalibrationSettings(metric="output", mode=mode, drop_attention=True, **SETTINGS | {"budget": 0.55})
+        mixed, runner = calibrate(llm, high, measured), Runner(llm, mode)
+        lazy, dropped = (runner.kv_saved(leaders, measured.samples) for leaders in (leaders_of([7], 8), leaders_of([], 8, [7])))
+        allowed = [plan for plan in plans(N_LAYER, "fld") if n_lazy(plan) * lazy + len(dropped_of(plan)) * dropped >= 0.55 - 1e-9]
+        least = min(measured.errors_of(plan).sum() for plan in allowed)
+    assert measured.errors_of(mixed.leaders).sum() == pytest.approx(least, rel=1e-9) and mixed.kv_saved >= 0.55
+    for (_, drops), calibration in chosen.items():
+        assert calibration.kv_saved >= BUDGET and (drops or not dropped_of(calibration.leaders))
+    cost = {drops: measured.errors_of(chosen["output", drops].leaders).sum() for drops in (False, True)}
+    assert cost[True] <= cost[False] + 1e-12
+    assert chosen["loss", True].logits_kl <= min(chosen["output", drops].logits_kl for drops in (False, True)) + 1e-9
+    assert (measured.drop_error > 0).all()
+
+
 def test_saved_bytes_are_those_of_the_cache() -> None:
-    leaders = leaders_of([2, 3, 5, 6, 7], N_LAYER)
+    leaders = leaders_of([2, 3, 5, 7], N_LAYER, [0, 6])
     with load(lazy_layers="none") as llm:
         measured = measure(llm, CalibrationSettings(**SETTINGS))
         runner = Runner(llm, "visual")
@@ -264,6 +333,12 @@ def test_command_on_a_gguf(tmp_path: Path, images: Path) -> None:
         ),
         (["--lazy-layers", "auto", "--calibration-images", "IMAGES", "--calibration-samples", "0"], "n_samples 0"),
         (["--mmproj", "m.gguf"], "--mmproj goes with a Hugging Face directory"),
+        (["--lazy-layers", "2", "--drop-attention"], "--drop-attention goes with --lazy-layers auto"),
+        (["--lazy-layers", "auto", "--calibration-images", "IMAGES", "--drop-attention"], "js compares the attention of two layers"),
+        (
+            ["--lazy-layers", "auto", "--calibration-images", "IMAGES", "--drop-attention", "--lazy-threshold", "0.1"],
+            "js compares the attention of two layers",
+        ),
     ],
 )
 def test_command_refuses(
@@ -277,6 +352,28 @@ def test_command_refuses(
     assert main(given) == 1
     assert message in capsys.readouterr().err
     assert not outfile.exists()
+
+
+def test_command_drops_attention(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files, outfile, report = tiny_llava(), tmp_path / "m.gguf", tmp_path / "r.html"
+    arguments = ["--lazy-layers", "auto", "--lazy-metric", "output", "--drop-attention", "--lazy-budget", "0.5", "--refit"]
+    arguments += ["--calibration-images", str(images), "--calibration-samples", "4", "--report", str(report), "--no-progress"]
+    assert main([files.plain, "--mmproj-in", files.mmproj, "--outfile", str(outfile), *arguments]) == 0
+    keys = keys_of(outfile)
+    leaders = keys["qcache.lazy.leader"]
+    gone = dropped_of(leaders)
+    assert keys["qcache.version"] == 2 and len(gone) >= 2 and keys["qcache.calibration.drop_attention"] is True
+    assert keys["qcache.calibration.kv_saved"] >= 0.5
+    errors, drop_errors = keys["qcache.calibration.output_error"], keys["qcache.calibration.drop_error"]
+    assert len(drop_errors) == N_LAYER and all(errors[layer] == drop_errors[layer] for layer in gone)
+    assert [error > 0 for error in errors] == [leader != layer for layer, leader in enumerate(leaders)]
+    assert [error > 0 for error in keys["qcache.calibration.corrected_error"]] == [layer in lazy_of(leaders) for layer in range(N_LAYER)]
+    assert f"{len(gone)} layers without attention: " in capsys.readouterr().out
+    assert f"{len(gone)} without attention" in report.read_text() and "no attention" in report.read_text()
+    names = {tensor.name for tensor in GGUFReader(outfile).tensors}
+    assert all((f"blk.{layer}.attn_output.weight" in names) == (layer not in gone) for layer in range(N_LAYER))
+    with load(str(outfile)) as llm:
+        assert list(llm.lazy.leader) == leaders
 
 
 def test_command_refuses_files_it_cannot_read(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:

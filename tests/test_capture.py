@@ -8,7 +8,7 @@ from hf_models import nmse
 from ref_torch import reference_logits
 
 from ggml_qcache.errors import InvalidArgumentError
-from ggml_qcache.native import Model
+from ggml_qcache.native import Context, Model
 from ggml_qcache_convert import convert, leaders_of
 
 PATTERN = "t7 v37 e5 v20 t9"
@@ -144,3 +144,27 @@ def test_what_is_not_captured(core_models: CoreModels) -> None:
         context.decode_token(5)
         with pytest.raises(ValueError, match="capture is off"):
             context.captured("probs", 0)
+
+
+def test_capture_may_start_and_stop_between_batches(core_models: CoreModels) -> None:
+    # every row has logits: what is captured then adds no node to the graph
+    model = core_models["llama-gqa-32"].native
+    prompt = make_prompt(model, "t9 v20 t8")
+
+    def hidden(context: Context) -> np.ndarray:
+        return np.stack([context.captured("hidden", layer, row) for layer in range(N_LAYER) for row in range(len(prompt))])
+
+    with make_context(model) as fresh, make_context(model) as context:
+        fresh.capture_start("hidden")
+        expected = decode(fresh, prompt)
+        for _ in range(2):
+            decode(context, prompt + prompt)
+            for what in (("hidden",), ("attn", "hidden")):
+                context.clear()
+                context.capture_start(*what)
+                np.testing.assert_array_equal(decode(context, prompt), expected)
+                np.testing.assert_array_equal(hidden(context), hidden(fresh))
+            context.clear()
+            context.capture_stop()
+            np.testing.assert_array_equal(decode(context, prompt), expected)
+            context.clear()

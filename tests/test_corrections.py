@@ -114,6 +114,24 @@ def test_each_correction_alone_and_all_together(llm: Llama, mode: str) -> None:
             assert np.isfinite(runner.kl(LEADERS, measured, vis_bias=made.vis_bias))
 
 
+@pytest.mark.parametrize("mode", ["visual", "global"])
+def test_dropped_layers_are_left_alone_and_made_up_for(llm: Llama, mode: str) -> None:
+    # the first layers, one inside a block, one after it
+    leaders = leaders_of("3,5,7,drop:0-1,drop:4,drop:6", N_LAYER)
+    measured = measure(llm, CalibrationSettings(mode=mode, **SETTINGS))
+    made = correct(llm, leaders, measured.samples, mode, **dict.fromkeys(ALL[mode], True))
+    assert [error.layer for error in made.errors] == [3, 5, 7]
+    assert all(error.refitted < error.shared for error in made.errors)
+    assert {int(name.split(".")[1]) for name in made.weights} == {3, 5, 7}
+    if mode == "visual":
+        assert not made.vis_bias[[0, 1, 2, 4, 6]].any()
+    runner = Runner(llm, mode)
+    before = runner.kl(leaders, measured)
+    with Weights.of(llm.native_model).replaced(llm.native_model, made.weights):
+        assert runner.kl(leaders, measured, vis_bias=made.vis_bias) != before
+    assert runner.kl(leaders, measured) == before
+
+
 def test_alignment_undoes_a_permutation(tmp_path: Path) -> None:
     # layer 3 is a copy of layer 2 with its heads in another order: lazy and aligned it is itself again, but for its input
     files = tiny_llava()

@@ -180,7 +180,7 @@ def test_missing_key(good: Path, tmp_path: Path, key: str) -> None:
     ("llama.rope.scaling.type", (STR, "longrope"), "rope scaling 'longrope' is not supported"),
     ("llama.expert_count", (U32, 8), "mixture-of-experts"),
     ("llama.attention.key_length", (U32, 32), "key length 32 and value length 16 differ"),
-    ("qcache.version", (U32, 2), "qcache.version is 2, this library reads version 1"),
+    ("qcache.version", (U32, 3), "qcache.version is 3, this library reads versions 1 and 2"),
 ])  # fmt: skip
 def test_what_this_version_does_not_run(good: Path, tmp_path: Path, key: str, value: tuple[GGUFValueType, object], text: str) -> None:
     refuses(rewrite_gguf(good, tmp_path / "m.gguf", keys={key: value}), UnsupportedError, text)
@@ -201,12 +201,14 @@ def test_head_size_that_the_cache_does_not_hold(tmp_path: Path) -> None:
 WRONG_LEADERS = {
     "forward reference": ([0, 1, 2, 4, 4, 5], "[3] is 4: a leader comes before its lazy layers"),
     "forward reference of layer 0": ([1, 1, 2, 3, 4, 5], "[0] is 1: a leader comes before its lazy layers"),
+    "dropped leader": ([0, -1, 1, 3, 4, 5], "[2] is 1, but layer 1 has no attention"),
     "chain": ([0, 0, 1, 3, 4, 5], "[2] is 1, but layer 1 is lazy itself (its leader is 0)"),
     "lazy leader": ([0, 0, 0, 2, 4, 5], "[3] is 2, but layer 2 is lazy itself (its leader is 0)"),
     "hole": ([0, 0, 2, 0, 4, 5], "[3] is 0, but layer 2 between them has leader 2: a Lazy Block is consecutive"),
     "too few": ([0, 0, 0, 3, 4], "has 5 values, the model has 6 layers"),
     "too many": ([0, 0, 0, 3, 4, 5, 5], "has 7 values, the model has 6 layers"),
-    "negative": ([0, -1, 2, 3, 4, 5], "[1] is -1, expected 0 .. 5"),
+    "negative": ([0, -2, 2, 3, 4, 5], "[1] is -2, expected 0 .. 5, or -1 for no attention"),
+    "hole after a dropped layer": ([0, 1, -1, 0, 4, 5], "[3] is 0, but layer 1 between them has leader 1: a Lazy Block is consecutive"),
     "past the end": ([0, 1, 2, 3, 4, 6], "[5] is 6, expected 0 .. 5"),
 }  # fmt: skip
 
@@ -220,6 +222,14 @@ def test_leaders_that_break_the_rules(good: Path, tmp_path: Path, case: str) -> 
     for mode in ("visual", "global"):
         with Model(good) as model, pytest.raises(InvalidArgumentError, match=re.escape(text)):
             Context(model, lazy_mode=mode, lazy_leader=leader)
+
+
+def test_version_1_has_no_layers_without_attention(good: Path, tmp_path: Path) -> None:
+    keys = {"qcache.lazy.leader": (ARRAY, np.int32([0, 0, -1, 0, 4, 5]))}
+    refuses(rewrite_gguf(good, tmp_path / "m.gguf", keys=keys), ModelError, "qcache.lazy.leader[2] is -1", "version 1 of the format has not")
+    keys["qcache.version"] = (U32, 2)
+    with Model(rewrite_gguf(good, tmp_path / "m.gguf", keys=keys)) as model:
+        assert model.info.lazy_leader == (0, 0, -1, 0, 4, 5)
 
 
 @pytest.mark.parametrize(("value", "kind"), [

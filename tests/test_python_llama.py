@@ -240,6 +240,7 @@ def test_kv_usage_is_the_formula(file, mode, type_k, type_v, row_k, row_v):
             "text_tokens": n_tokens,
             "visual_tokens": 0,
             "lazy_layers": lazy,
+            "dropped_layers": 0,
             "lazy_mode": mode,
         }
         llm.reset()

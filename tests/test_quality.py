@@ -17,6 +17,7 @@ import report
 from eval import score, test_set as held_out_questions, write_questions
 from forward import forward
 from ggml_qcache.evaluation import read_items
+from ggml_qcache_convert import dropped_of
 from quality_runs import Prompt
 from packing import Batch, collate, encode, sample, tokenizer
 from scenes import SHAPES, make_scene, mentions
@@ -92,16 +93,23 @@ def test_questions_as_a_file(tmp_path):
 def test_quality_benchmark(tmp_path):
     path = tmp_path / "quality.json"
     arguments = ["--scenes", "2", "--modes", "visual", "--metrics", "js,output", "--budgets", "0.2", "--calibration-samples", "4"]
+    arguments += ["--mixed-budgets", "0.4"]
     assert bench_quality.main([*arguments, "--json", str(path)]) == 0
     rows = {row["method"]: row for row in json.loads(path.read_text())["rows"]}
     corrected = [f"output + {name}" for name in ("align_heads", "vis_bias", "refit", "all")]
     controls = ["q8_0", "q4_0", "attention dropped", "pruned", "scaled"]
-    assert list(rows) == ["none", *controls, "js", "output", "random", *corrected, "output + pruned"]
+    lazy_rows = ["js", "output", "random", *corrected, "output + pruned"]
+    mixed = ["mixed, output", *(["mixed, output + all"] if rows["mixed, output"]["lazy_layers"] else [])]
+    assert list(rows) == ["none", *controls, *lazy_rows, *mixed]
     none, js = rows["none"], rows["js"]
     assert none["kv_saved"] == none["mean_loss_points"] == none["kl"] == 0 and none["top1_agreement"] == 1
     assert 1 <= none["caption_perplexity"] < 1.5
     assert rows["q8_0"]["kv_saved"] == pytest.approx(1 - 34 / 64) and rows["q4_0"]["kv_saved"] == pytest.approx(1 - 18 / 64)
-    assert rows["attention dropped"]["kv_saved"] == pytest.approx(0.25, abs=1e-3)  # 4 of 16 layers
+    assert rows["attention dropped"]["kv_saved"] == 7 / 16  # the second budget's: 6.4 layers
+    assert rows["attention dropped"]["mode"] == "off" and rows["attention dropped"]["leaders"].count(-1) == 7
+    for method in mixed:
+        assert 0.35 < rows[method]["kv_saved"] < 0.5 and rows[method]["kl"] < rows["js"]["kl"]
+        assert rows[method]["dropped_layers"] == dropped_of(rows[method]["leaders"]) != []
     for method in ("js", "output", "random", "pruned", "scaled", "output + pruned", *corrected):
         assert 0.12 < rows[method]["kv_saved"] < 0.35, method
         assert rows[method]["kl"] > 0
@@ -110,7 +118,7 @@ def test_quality_benchmark(tmp_path):
     readme, chart = tmp_path / "README.md", tmp_path / "pareto.png"
     readme.write_text("before\n<!-- bench:quality -->\nold\n<!-- /bench:quality -->\nafter\n")
     assert report.main([str(path), "--write", str(readme), "--pareto", str(chart)]) == 0
-    assert f"| js | visual | {len(js['lazy_layers'])} | {js['kv_saved']:.1%} |" in readme.read_text()
+    assert f"| js | visual | {len(js['lazy_layers'])} | 0 | {js['kv_saved']:.1%} |" in readme.read_text()
     assert chart.read_bytes().startswith(b"\x89PNG")
     assert set(none["tasks"]) == {"existence", "counting", "colour", "relation", "digit", "caption"}
 

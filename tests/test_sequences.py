@@ -336,6 +336,7 @@ def expected_usage(
         "n_tokens_text": tokens["t"],
         "n_tokens_visual": tokens["v"],
         "n_lazy_layers": lazy,
+        "n_dropped_layers": 0,
     }
 
 

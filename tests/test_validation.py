@@ -12,6 +12,7 @@ from ggml_qcache.cli import main
 from ggml_qcache.validation import validate_file
 
 LEADER = [0, 1, 1, 1, 4, 4, 4, 4]
+VERSION_2 = (GGUFValueType.UINT32, 2)
 
 
 def leaders(**changed: int) -> tuple[GGUFValueType, object]:
@@ -21,17 +22,31 @@ def leaders(**changed: int) -> tuple[GGUFValueType, object]:
 
 def test_files_of_ours_are_valid(capsys: pytest.CaptureFixture[str]) -> None:
     files = tiny_llava()
-    for file in (files.plain, files.visual, files.global_):
+    for file in (files.plain, files.visual, files.global_, files.dropped):
         assert validate_file(file) == []
     assert main(["validate", files.visual]) == 0
     assert capsys.readouterr().out.endswith(f"{files.visual}: valid\n")
     assert validate_file(files.mmproj)[0].startswith("'clip' is no text model")
 
 
+def test_version_2_without_dropped_layers_is_valid(tmp_path: Path) -> None:
+    assert validate_file(rewrite_gguf(Path(tiny_llava().visual), tmp_path / "m.gguf", {"qcache.version": VERSION_2})) == []
+
+
+def test_attention_tensors_of_a_dropped_layer_may_be_there(tmp_path: Path) -> None:
+    keys = {"qcache.version": VERSION_2, "qcache.lazy.leader": leaders(l2=-1, l0=-1)}
+    assert validate_file(rewrite_gguf(Path(tiny_llava().visual), tmp_path / "m.gguf", keys)) == []
+
+
 @pytest.mark.parametrize(
     ("file", "keys", "tensors", "message"),
     [
-        ("visual", {"qcache.version": (GGUFValueType.UINT32, 2)}, {}, "qcache.version is 2, known is 1"),
+        ("visual", {"qcache.version": (GGUFValueType.UINT32, 3)}, {}, "qcache.version is 3, known are 1 and 2"),
+        ("visual", {"qcache.lazy.leader": leaders(l2=-1)}, {}, "layer 2 has no attention, which version 1 of the format has not"),
+        ("visual", {"qcache.version": VERSION_2, "qcache.lazy.leader": leaders(l1=-1)}, {}, "leader 1 of layer 2 has no attention"),
+        ("visual", {"qcache.version": VERSION_2, "qcache.lazy.leader": leaders(l2=-2)}, {}, "leader -2 of layer 2 is not among 0 to 2, nor -1"),
+        ("visual", {"qcache.version": VERSION_2, "qcache.lazy.leader": leaders(l2=-1, l3=0)}, {}, "leader of layer 3 is 0, the nearest full layer before it is 1"),
+        ("dropped", {}, {"blk.1.attn_v.weight": None}, "blk.1.attn_v.weight is missing, and layer 1 is full"),
         ("visual", {"qcache.version": None}, {}, "qcache.version is missing"),
         ("visual", {"qcache.lazy.mode": (GGUFValueType.STRING, "text")}, {}, "qcache.lazy.mode is 'text'"),
         ("visual", {"qcache.lazy.mode": (GGUFValueType.UINT32, 1)}, {}, "qcache.lazy.mode is of type UINT32, expected STRING"),

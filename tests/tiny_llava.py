@@ -18,6 +18,7 @@ from ggml_qcache_convert import convert
 N_LAYER = 8
 LAZY_LAYERS = "2-3,5-7"
 N_LAZY = 5
+DROPPED_LAYERS = "2,4,7,drop:3,drop:5-6"
 N_HEAD_KV = 2  # of 16 values
 N_VISUAL = 16  # visual tokens an image
 
@@ -40,6 +41,7 @@ class TinyLlava:
         plain: f32 text model without lazy keys.
         visual: The same with lazy layers, visual mode.
         global_: Likewise in global mode, without the q and k weights of lazy layers.
+        dropped: Visual mode, with layers that have no attention.
         mmproj: Vision model.
     """
 
@@ -47,6 +49,7 @@ class TinyLlava:
     plain: str
     visual: str
     global_: str
+    dropped: str
     mmproj: str
 
 
@@ -63,7 +66,9 @@ def tiny_llava() -> TinyLlava:
     build_llava(checkpoint, n_layer=N_LAYER)
     paths = {"mmproj": folder / "mmproj.gguf"}
     template = {"tokenizer.chat_template": (GGUFValueType.STRING, TEMPLATE)}
-    for name, mode, layers in (("plain", "visual", "none"), ("visual", "visual", LAZY_LAYERS), ("global_", "global", LAZY_LAYERS)):
+    kinds = {"plain": "none", "visual": LAZY_LAYERS, "global_": LAZY_LAYERS, "dropped": DROPPED_LAYERS}
+    for name, layers in kinds.items():
+        mode = "global" if name == "global_" else "visual"
         converted = folder / "converted.gguf"
         convert(checkpoint, converted, paths["mmproj"] if name == "plain" else None, "f32", layers, mode)
         paths[name] = rewrite_gguf(converted, folder / f"{name}.gguf", template)

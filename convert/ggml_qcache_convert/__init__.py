@@ -6,12 +6,12 @@
 from typing import TYPE_CHECKING
 
 from .errors import ConversionError
-from .lazy_layers import leaders_of, parse_layers
+from .lazy_layers import dropped_of, lazy_of, leaders_of, parse_layers, spec_of
 
 if TYPE_CHECKING:
     from .conversion import ConversionResult, convert
 
-__all__ = ["ConversionError", "ConversionResult", "convert", "leaders_of", "parse_layers"]
+__all__ = ["ConversionError", "ConversionResult", "convert", "dropped_of", "lazy_of", "leaders_of", "parse_layers", "spec_of"]
 
 
 def __getattr__(name: str) -> object:

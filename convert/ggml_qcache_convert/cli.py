@@ -12,6 +12,7 @@ from .conversion import ConversionResult, check_targets, convert, plan_conversio
 from .dry_run import draw, of_checkpoint, of_gguf
 from .hub import fetch, is_hub_id
 from .lazy_keys import MODES
+from .lazy_layers import dropped_of, lazy_of
 from .make_lazy import convert_auto, make_lazy
 from .outtypes import OUTTYPES
 
@@ -139,7 +140,12 @@ def _dry_run(args: argparse.Namespace, prog: str) -> int:
 
 def _calibration_settings(args: argparse.Namespace) -> CalibrationSettings | None:
     """How layers are chosen and corrected; None where they are given and stay as they are."""
-    choosing = {"--lazy-budget": args.lazy_budget, "--lazy-threshold": args.lazy_threshold, "--lazy-metric": args.lazy_metric}
+    choosing = {
+        "--lazy-budget": args.lazy_budget,
+        "--lazy-threshold": args.lazy_threshold,
+        "--lazy-metric": args.lazy_metric,
+        "--drop-attention": args.drop_attention or None,
+    }
     running = {
         "--calibration-images": args.calibration_images,
         "--calibration-prompts": args.calibration_prompts,
@@ -170,8 +176,9 @@ def _calibration_settings(args: argparse.Namespace) -> CalibrationSettings | Non
     if args.lazy_budget is not None or args.lazy_threshold is not None:
         settings |= {"budget": args.lazy_budget, "threshold": args.lazy_threshold}
     return CalibrationSettings(
-        args.calibration_images, mode=args.lazy_mode, align_heads=args.align_heads, vis_bias=args.vis_bias, refit=args.refit, **settings
-    )
+        args.calibration_images, mode=args.lazy_mode, drop_attention=args.drop_attention, align_heads=args.align_heads,
+        vis_bias=args.vis_bias, refit=args.refit, **settings,
+    )  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -206,13 +213,15 @@ def _parser() -> argparse.ArgumentParser:
         "--lazy-layers",
         default="none",
         metavar="SPEC",
-        help="layers that share their leader's attention: none, auto, or e.g. 9-15,18,20-31 (default: none)",
+        help="layers that share their leader's attention: none, auto, or e.g. 9-15,18,20-31; after drop: those that lose theirs, "
+        "e.g. 9-15,drop:20-22 (default: none)",
     )
     parser.add_argument("--lazy-mode", choices=MODES, default="visual", help="which tokens share (default: visual)")
     parser.add_argument(
         "--keep-qk",
         action="store_true",
-        help="in global mode keep the q and k weights of lazy layers: the file then also runs as a plain model",
+        help="keep the q and k weights of lazy layers in global mode, and the attention weights of dropped layers: the file then "
+        "also runs as a plain model",
     )
     auto = parser.add_argument_group("--lazy-layers auto", "layers chosen by running the model on images")
     auto.add_argument("--lazy-budget", type=float, metavar="F", help="share of KV bytes to save (default: 0.35)")
@@ -222,6 +231,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=METRICS,
         help="js: the paper's, attention of neighbouring layers (default); output: error of attention outputs; "
         "loss: change of the final logits, plan by plan: the best and by far the slowest",
+    )
+    auto.add_argument(
+        "--drop-attention",
+        action="store_true",
+        help="let a layer lose its attention, K and V where that costs less for the bytes it saves than sharing does; with "
+        "--lazy-metric output or loss",
     )
     both = parser.add_argument_group("calibration", "for --lazy-layers auto and for corrections of lazy layers")
     both.add_argument("--calibration-images", type=Path, metavar="DIR", help="images like those the model will see; needed")
@@ -247,13 +262,15 @@ def _summary(result: ConversionResult, mode: str) -> str:
     lines = [f"{result.outfile}: {result.arch}, {result.n_layer} layers, {result.outfile_bytes / 2**20:.1f} MiB"]
     if result.mmproj is not None:
         lines.append(f"{result.mmproj}: vision tower and projector, {result.mmproj_bytes / 2**20:.1f} MiB")
-    lazy = [layer for layer, leader in enumerate(result.leaders) if leader != layer]
+    lazy, dropped = lazy_of(result.leaders), dropped_of(result.leaders)
     if lazy:
         lines.append(
             f"{len(lazy)} lazy layers, {mode} mode: "
             + ", ".join(f"{layer} ({result.leaders[layer]})" for layer in lazy)
             + " (leader)"
         )
+    if dropped:
+        lines.append(f"{len(dropped)} layers without attention: {', '.join(map(str, dropped))}")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """Converts a Hugging Face LLaVA directory: checks everything that can be checked first, then streams both files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from .checkpoint import Checkpoint
 from .errors import ConversionError
 from .hparams import LlavaParams, read_hparams
 from .imatrix import add_imatrix_keys, checked_imatrix, with_importance
-from .lazy_keys import MODES, add_lazy_keys
-from .lazy_layers import leaders_of, parse_layers
+from .lazy_keys import MODES, add_lazy_keys, left_out
+from .lazy_layers import leaders_of
 from .lora import merge_adapters
 from .mmproj import add_vision_keys, read_image_params, vision_tensors
 from .original_llava import find_source
@@ -33,7 +33,7 @@ class ConversionResult:
         mmproj: The vision GGUF, or None when it wasn't asked for.
         arch: ``llama`` or ``qwen2``.
         n_layer: Number of decoder layers.
-        leaders: Leader of each layer; a layer is lazy when it isn't its own.
+        leaders: Leader of each layer: its own number for a full layer, -1 for one without attention.
         outfile_bytes: Size of the text GGUF.
         mmproj_bytes: Size of the vision GGUF, 0 without one.
         warnings: Remarks about what is converted but behaves differently.
@@ -72,10 +72,10 @@ def convert(
         outfile: Text GGUF to write.
         mmproj: Vision GGUF to write, or None for none. Its matrices are f16, or f32 with ``outtype`` ``f32``.
         outtype: A key of ``OUTTYPES``; vectors stay f32.
-        lazy_layers: Layer numbers, or a specification such as ``9-15,18`` or ``none``.
+        lazy_layers: Layer numbers, or a specification such as ``9-15,18,drop:20`` or ``none``.
         lazy_mode: ``visual`` or ``global``.
-        keep_qk: Keep the q and k projections of lazy layers in global mode, so that the file also runs as a plain
-            model.
+        keep_qk: Keep the q and k projections of lazy layers in global mode, and the whole attention of dropped layers, so that
+            the file also runs as a plain model.
         progress: Show a progress bar on stderr.
         name: ``general.name``; the directory's by default.
         adapters: Directories of PEFT LoRA adapters, merged in this order.
@@ -172,18 +172,17 @@ def plan_conversion(
     params = read_hparams(source.config_path, source.config)
     warnings = list(params.warnings)
     n_layer = params.text.n_layer
-    lazy = parse_layers(lazy_layers, n_layer) if isinstance(lazy_layers, str) else sorted(lazy_layers)
+    leaders = leaders_of(lazy_layers, n_layer)
     checkpoint = Checkpoint(directory)
     tensors = merge_adapters({**source.tower, **canonical_tensors(checkpoint.tensors)}, adapters)
     inputs = {path.resolve() for entry in tensors.values() for path in entry.paths}
     if overwritten := [target for target in targets if target.resolve() in inputs]:
         raise ValueError(f"{overwritten[0]}: is part of the checkpoint itself")
     # before anything is sized by the configuration's numbers: the weights bear them out
-    text_plan, vision_plan = _plans(TensorPicker(tensors), params, outtype, lazy if lazy_mode == "global" and not keep_qk else ())
+    text_plan, vision_plan = _plans(TensorPicker(tensors), params, outtype, left_out(leaders, lazy_mode, keep_qk))
     importance = None if imatrix is None else checked_imatrix(imatrix, outtype)
     if importance is not None:
         text_plan = with_importance(text_plan, importance)
-    leaders = leaders_of(lazy, n_layer)
     vocab = read_vocab(directory, params.text.n_vocab, params.token_ids, warnings)
     images = read_image_params(source.images_path, params.vision, warnings)
     title = name or directory.resolve().name
@@ -191,7 +190,7 @@ def plan_conversion(
     def text_keys(writer: GGUFWriter) -> None:
         add_text_keys(writer, params.text, title, OUTTYPES[outtype].file_type)
         add_vocab_keys(writer, vocab)
-        add_lazy_keys(writer, lazy, lazy_mode, n_layer)
+        add_lazy_keys(writer, leaders, lazy_mode)
         if importance is not None:
             add_imatrix_keys(writer, importance)
 
@@ -221,10 +220,10 @@ def _vision_outtype(outtype: str) -> str:
 
 
 def _plans(
-    picker: TensorPicker, params: LlavaParams, outtype: str, without_qk: Sequence[int]
+    picker: TensorPicker, params: LlavaParams, outtype: str, without: Mapping[int, Sequence[str]]
 ) -> tuple[list[OutputTensor], list[OutputTensor]]:
     """Plans both files; together they must account for every tensor of the checkpoint."""
-    text = text_tensors(params.text, picker, OUTTYPES[outtype], without_qk)
+    text = text_tensors(params.text, picker, OUTTYPES[outtype], without)
     vision = vision_tensors(params.vision, params.text.n_embd, picker, OUTTYPES[_vision_outtype(outtype)].matrix)
     picker.refuse_leftovers()
     return text, vision

@@ -12,7 +12,8 @@ from rich.text import Text
 from .conversion import ConversionPlan, check_targets
 from .gguf_copy import architecture, n_layers, open_text_gguf, plan_copy
 from .imatrix import checked_imatrix, importance_of
-from .lazy_layers import leaders_of, parse_layers
+from .lazy_keys import left_out
+from .lazy_layers import dropped_of, lazy_of, leaders_of
 from .outtypes import OUTTYPES
 from .tensor_entry import TensorEntry
 from .writer import stored_bytes
@@ -73,9 +74,8 @@ def of_gguf(
     """
     check_targets([outfile])
     reader = open_text_gguf(model)
-    leaders = leaders_of(parse_layers(lazy_layers, n_layers(reader)), n_layers(reader))
-    left_out = [layer for layer, leader in enumerate(leaders) if leader != layer] if mode == "global" and not keep_qk else []
-    tensors = plan_copy(reader, left_out, None if outtype is None else OUTTYPES[outtype])
+    leaders = leaders_of(lazy_layers, n_layers(reader))
+    tensors = plan_copy(reader, left_out(leaders, mode, keep_qk), None if outtype is None else OUTTYPES[outtype])
     if imatrix is not None:
         importance_of(checked_imatrix(imatrix, outtype), ((tensor.name, shape, qtype) for tensor, shape, qtype in tensors))
     lines = [TensorLine(tensor.name, tensor.name, GGMLQuantizationType(qtype), shape) for tensor, shape, qtype in tensors]
@@ -97,13 +97,14 @@ def draw(shown: DryRun, console: Console) -> None:
         n_bytes = sum(line.nbytes for line in lines)
         totals.append(f"{path}: {len(lines)} tensors, {n_bytes:,} bytes ({n_bytes / 2**20:,.1f} MiB), besides keys and vocabulary")
     blocks: dict[int, list[int]] = {}
-    for layer, leader in enumerate(shown.leaders):
-        if layer != leader:
-            blocks.setdefault(leader, []).append(layer)
+    for layer in lazy_of(shown.leaders):
+        blocks.setdefault(shown.leaders[layer], []).append(layer)
     for leader, lazy in blocks.items():
         span = f"{lazy[0]}-{lazy[-1]}" if len(lazy) > 1 else str(lazy[0])
         totals.append(f"Lazy Block of leader {leader}: {span}")
     n_lazy = sum(map(len, blocks.values()))
     totals.append(f"{n_lazy} of {len(shown.leaders)} layers lazy" + (f", {shown.mode} mode" if n_lazy else ""))
+    if dropped := dropped_of(shown.leaders):
+        totals.append(f"without attention: {', '.join(map(str, dropped))}")
     for line in totals:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

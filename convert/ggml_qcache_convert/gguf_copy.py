@@ -1,7 +1,7 @@
 """Copies a text GGUF with other lazy-layer keys, tensor by tensor: weights of any type stay as they are."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,12 @@ from gguf.quants import dequantize
 from .calibration import Corrections
 from .errors import ConversionError
 from .imatrix import Imatrix, add_imatrix_keys, importance_of
+from .lazy_keys import ATTENTION
 from .lazy_layers import LAZY_KEYS
 from .outtypes import OutType, quantised
 from .writer import CHUNK, stored_bytes, stored_layout
 
-_QK = re.compile(r"blk\.(\d+)\.attn_[qk]\.(weight|bias)")
+_ATTENTION = re.compile(rf"blk\.(\d+)\.({'|'.join(ATTENTION)})\.(?:weight|bias)")
 _VIS_BIAS = re.compile(r"blk\.\d+\.attn_vis_bias\.weight")
 
 
@@ -50,32 +51,32 @@ def n_layers(reader: GGUFReader) -> int | None:
 
 
 def plan_copy(
-    reader: GGUFReader, without_qk: Sequence[int], outtype: OutType | None = None
+    reader: GGUFReader, left_out: Mapping[int, Sequence[str]], outtype: OutType | None = None
 ) -> list[tuple[ReaderTensor, tuple[int, ...], GGMLQuantizationType]]:
     """Plans the tensors of a copy.
 
     Args:
         reader: The source.
-        without_qk: Layers whose q and k projections are left out.
+        left_out: Tensors of the attention that are left out, by layer, as ``lazy_keys.left_out``.
         outtype: Types of the weight matrices; None: as they are.
 
     Returns:
         The tensors that are kept, with their shapes (outermost dimension first) and new types.
 
     Raises:
-        ConversionError: The source lacks q and k of a layer that is to keep them.
+        ConversionError: The source lacks tensors of a layer that is to keep them.
     """
-    left_out = set(without_qk)
     kept = []
     for tensor in reader.tensors:
-        match = _QK.fullmatch(tensor.name)
-        if (match is None or int(match[1]) not in left_out) and _VIS_BIAS.fullmatch(tensor.name) is None:
+        match = _ATTENTION.fullmatch(tensor.name)
+        if (match is None or match[2] not in left_out.get(int(match[1]), ())) and _VIS_BIAS.fullmatch(tensor.name) is None:
             kept.append(tensor)
     names = {tensor.name for tensor in kept}
     for layer in range(n_layers(reader)):
-        if layer not in left_out and f"blk.{layer}.attn_q.weight" not in names:
+        needed = (f"blk.{layer}.{name}.weight" for name in ATTENTION if name not in left_out.get(layer, ()))
+        if missing := [name for name in needed if name not in names]:
             raise ConversionError(
-                f"the GGUF has no blk.{layer}.attn_q.weight: layer {layer} was lazy in global mode when it was converted; "
+                f"the GGUF has no {missing[0]}: layer {layer} was lazy in global mode, or dropped, when it was converted; "
                 "convert from the checkpoint, or from a file made with --keep-qk"
             )
     n_layer, tied = n_layers(reader), "output.weight" not in names
@@ -92,7 +93,7 @@ def copy_with_keys(
     reader: GGUFReader,
     target: Path,
     add_keys: Callable[[GGUFWriter], None],
-    without_qk: Sequence[int],
+    left_out: Mapping[int, Sequence[str]],
     advance: Callable[[int], object],
     corrections: Corrections | None = None,
     outtype: OutType | None = None,
@@ -104,17 +105,17 @@ def copy_with_keys(
         reader: The source.
         target: File to create.
         add_keys: Adds the new ones.
-        without_qk: Layers whose q and k projections are left out.
+        left_out: Tensors of the attention that are left out, by layer, as ``lazy_keys.left_out``.
         advance: Called with the bytes copied since the last call.
         corrections: New weights, and the biases on visual keys.
         outtype: Types of the weight matrices; None: as they are.
         imatrix: Importance of the inputs of matrices that are quantised anew.
 
     Raises:
-        ConversionError: The source lacks q and k of a layer that is to keep them; the importance matrix is of another model.
+        ConversionError: The source lacks tensors of a layer that is to keep them; the importance matrix is of another model.
         OSError: The file can't be written.
     """
-    plan = plan_copy(reader, without_qk, outtype)
+    plan = plan_copy(reader, left_out, outtype)
     writer = GGUFWriter(None, architecture(reader))
     writer.kv_data[0].clear()
     for name, field in reader.fields.items():

@@ -1,29 +1,41 @@
-"""The GGUF keys that make layers lazy."""
+"""The GGUF keys that make layers lazy or drop their attention, and the tensors that such layers do without."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gguf import GGUFWriter
 
-from .lazy_layers import leaders_of
+from .lazy_layers import dropped_of, lazy_of
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from .calibration import Calibration
 
-VERSION = 1
 MODES = ("visual", "global")
+ATTENTION = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")  # tensors of a layer
 
 
-def add_lazy_keys(writer: GGUFWriter, lazy_layers: Sequence[int], mode: str, n_layer: int) -> None:
-    """Adds the ``qcache.*`` keys, or none when no layer is lazy: such a file is a plain model."""
-    if not lazy_layers:
+def add_lazy_keys(writer: GGUFWriter, leaders: Sequence[int], mode: str) -> None:
+    """Adds the ``qcache.*`` keys, or none when every layer is full: such a file is a plain model."""
+    dropped = dropped_of(leaders)
+    if not dropped and not lazy_of(leaders):
         return
-    writer.add_uint32("qcache.version", VERSION)
+    writer.add_uint32("qcache.version", 2 if dropped else 1)  # what reads version 1 alone knows no layer without attention
     writer.add_string("qcache.lazy.mode", mode)
-    writer.add_array("qcache.lazy.leader", leaders_of(lazy_layers, n_layer))
+    writer.add_array("qcache.lazy.leader", list(leaders))
+
+
+def left_out(leaders: Sequence[int], mode: str, keep_qk: bool) -> dict[int, tuple[str, ...]]:
+    """The tensors that a file does without, weights and biases, by layer.
+
+    Args:
+        leaders: ``[n_layer]``.
+        mode: ``visual`` or ``global``.
+        keep_qk: Leave out nothing.
+    """
+    if keep_qk:
+        return {}
+    unshared = lazy_of(leaders) if mode == "global" else []
+    return dict.fromkeys(unshared, ("attn_q", "attn_k")) | dict.fromkeys(dropped_of(leaders), ATTENTION)
 
 
 def add_calibration_keys(writer: GGUFWriter, chosen: "Calibration") -> None:
@@ -31,13 +43,16 @@ def add_calibration_keys(writer: GGUFWriter, chosen: "Calibration") -> None:
     settings, measured = chosen.settings, chosen.measured
     writer.add_array("qcache.lazy.js_divergence", [float(value) for value in measured.js_divergence])
     writer.add_array("qcache.calibration.pair_divergence", [float(value) for value in measured.pair_divergence.ravel()])
-    writer.add_array("qcache.calibration.output_error", _by_layer(chosen, measured.output_error))
+    writer.add_array("qcache.calibration.output_error", [float(error) for error in measured.errors_of(chosen.leaders)])
+    writer.add_array("qcache.calibration.drop_error", [float(error) for error in measured.drop_error])
     writer.add_string("qcache.calibration.metric", "given" if settings.layers is not None else settings.metric)
     writer.add_uint32("qcache.calibration.samples", len(measured.samples))
     writer.add_uint32("qcache.calibration.tokens", measured.n_tokens)
     writer.add_float32("qcache.calibration.visual_share", measured.visual_share)
     if settings.layers is None and settings.budget is not None:
         writer.add_float32("qcache.calibration.budget", settings.budget)
+    if settings.drop_attention:
+        writer.add_bool("qcache.calibration.drop_attention", True)
     if chosen.threshold is not None:
         writer.add_float32("qcache.calibration.threshold", chosen.threshold)
     writer.add_float32("qcache.calibration.kv_saved", chosen.kv_saved)
@@ -48,8 +63,3 @@ def add_calibration_keys(writer: GGUFWriter, chosen: "Calibration") -> None:
         last = {error.layer: error.last for error in chosen.corrections.errors}
         writer.add_array("qcache.calibration.corrected_error", [last.get(layer, 0.0) for layer in range(len(chosen.leaders))])
     writer.add_uint64("qcache.calibration.seed", settings.seed)
-
-
-def _by_layer(chosen: "Calibration", errors: "npt.NDArray[np.float64]") -> list[float]:
-    """Each lazy layer's error with its leader, 0 for a full layer."""
-    return [float(errors[leader, layer]) if leader != layer else 0.0 for layer, leader in enumerate(chosen.leaders)]

@@ -13,8 +13,8 @@ from .conversion import ConversionResult, check_targets, convert
 from .errors import ConversionError
 from .gguf_copy import architecture, copy_with_keys, n_layers, open_text_gguf
 from .imatrix import Imatrix, checked_imatrix
-from .lazy_keys import MODES, add_calibration_keys, add_lazy_keys
-from .lazy_layers import leaders_of, parse_layers
+from .lazy_keys import MODES, add_calibration_keys, add_lazy_keys, left_out
+from .lazy_layers import leaders_of
 from .outtypes import OUTTYPES, OutType
 from .writer import AtomicFiles
 
@@ -135,8 +135,7 @@ def make_lazy(
             chosen = _calibrated(model, mmproj_in, settings, progress)
             leaders: Sequence[int] = chosen.leaders
         else:
-            layers = parse_layers(lazy_layers, n_layers(reader)) if isinstance(lazy_layers, str) else list(lazy_layers)
-            leaders = leaders_of(layers, n_layers(reader))
+            leaders = leaders_of(lazy_layers, n_layers(reader))
         made = _lazy_copy(model, files.path(outfile), leaders, mode, keep_qk, chosen, progress, types, importance)
         files.commit()
     return ConversionResult(outfile, None, architecture(reader), n_layers(reader), *made, 0, ()), chosen
@@ -166,15 +165,14 @@ def _lazy_copy(
 ) -> tuple[tuple[int, ...], int]:
     """Writes the copy; returns its leaders and its size in bytes."""
     reader = open_text_gguf(source)
-    lazy = [layer for layer, leader in enumerate(leaders) if leader != layer]
 
     def keys(writer: GGUFWriter) -> None:
-        add_lazy_keys(writer, lazy, mode, len(leaders))
+        add_lazy_keys(writer, leaders, mode)
         if chosen is not None:
             add_calibration_keys(writer, chosen)
 
     total = sum(tensor.data.nbytes for tensor in reader.tensors)
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="writing", disable=not progress) as bar:
-        without_qk = lazy if mode == "global" and not keep_qk else ()
-        copy_with_keys(reader, target, keys, without_qk, bar.update, None if chosen is None else chosen.corrections, outtype, imatrix)
+        corrections = None if chosen is None else chosen.corrections
+        copy_with_keys(reader, target, keys, left_out(leaders, mode, keep_qk), bar.update, corrections, outtype, imatrix)
     return tuple(leaders), target.stat().st_size

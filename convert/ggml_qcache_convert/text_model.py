@@ -1,6 +1,6 @@
 """The text GGUF: tensors and keys of the language model, as llama.cpp's `llama` and `qwen2` loaders expect them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from gguf import MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
@@ -11,7 +11,7 @@ from .plan import OutputTensor, TensorPicker
 
 
 def text_tensors(
-    params: TextParams, picker: TensorPicker, outtype: OutType, without_qk: Sequence[int]
+    params: TextParams, picker: TensorPicker, outtype: OutType, left_out: Mapping[int, Sequence[str]]
 ) -> list[OutputTensor]:
     """Plans the tensors of the text GGUF.
 
@@ -19,7 +19,7 @@ def text_tensors(
         params: The language model.
         picker: The checkpoint's tensors.
         outtype: Types of the weight matrices.
-        without_qk: Layers whose q and k projections are left out.
+        left_out: Tensors of the attention that are left out, by layer: GGUF names without layer and suffix.
 
     Returns:
         The tensors in the order they are written.
@@ -38,7 +38,11 @@ def text_tensors(
         suffix: str = "weight",
         rope: bool = False,
     ) -> None:
-        name = f"{TENSOR_NAMES[kind].format(bid=layer)}.{suffix}"
+        base = TENSOR_NAMES[kind].format(bid=layer)
+        if base.rpartition(".")[2] in left_out.get(layer, ()):
+            picker.skip([f"{source}.{suffix}"])
+            return
+        name = f"{base}.{suffix}"
         entry = picker.take(f"{source}.{suffix}", shape)
         # ggml's RoPE turns neighbouring pairs for llama, halves for qwen2; Hugging Face's always turns halves
         head_dim = params.head_dim if rope and params.arch == "llama" else 0
@@ -63,11 +67,8 @@ def text_tensors(
         prefix = f"text.layers.{layer}."
         attn, mlp = prefix + "self_attn.", prefix + "mlp."
         add(MODEL_TENSOR.ATTN_NORM, prefix + "input_layernorm", (n_embd,), layer=layer)
-        if layer in without_qk:
-            picker.skip(f"{attn}{part}_proj.{suffix}" for part in "qk" for suffix in ("weight", "bias"))
-        else:
-            add_linear(MODEL_TENSOR.ATTN_Q, attn + "q_proj", (n_q, n_embd), layer, params.qkv_bias, rope=True)
-            add_linear(MODEL_TENSOR.ATTN_K, attn + "k_proj", (n_kv, n_embd), layer, params.qkv_bias, rope=True)
+        add_linear(MODEL_TENSOR.ATTN_Q, attn + "q_proj", (n_q, n_embd), layer, params.qkv_bias, rope=True)
+        add_linear(MODEL_TENSOR.ATTN_K, attn + "k_proj", (n_kv, n_embd), layer, params.qkv_bias, rope=True)
         add_linear(MODEL_TENSOR.ATTN_V, attn + "v_proj", (n_kv, n_embd), layer, params.qkv_bias)
         add_linear(MODEL_TENSOR.ATTN_OUT, attn + "o_proj", (n_embd, n_q), layer, params.o_bias)
         add(MODEL_TENSOR.FFN_NORM, prefix + "post_attention_layernorm", (n_embd,), layer=layer)

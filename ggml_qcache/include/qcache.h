@@ -1,8 +1,8 @@
 // qcache.h: the public C API of ggml-qcache
 //
 // Runs LLaVA-like decoders with Lazy Attention (arXiv 2602.01901): a lazy layer takes its query and key from its
-// leader and keeps only its own V. Plain C, opaque types, status codes; no exception crosses this header.
-// It includes no ggml header, so that a binding can read it as it is.
+// leader and keeps only its own V; a dropped layer has no attention at all and keeps nothing. Plain C, opaque types,
+// status codes; no exception crosses this header. It includes no ggml header, so that a binding can read it as it is.
 //
 // Threads: a model is read-only once loaded, but for qcache_model_set_weight, and may serve several contexts; a context
 // belongs to one thread at a time.
@@ -65,7 +65,7 @@ QCACHE_API enum qcache_status qcache_check_ggml_version(const char * ggml_versio
 //
 
 enum qcache_lazy_mode {
-    QCACHE_LAZY_MODE_OFF    = 0,
+    QCACHE_LAZY_MODE_OFF    = 0, // every layer is full
     QCACHE_LAZY_MODE_GLOBAL = 1, // every token shares Q and K with the leader (GLA)
     QCACHE_LAZY_MODE_VISUAL = 2, // visual tokens share Q and K, text tokens keep their own (VLA)
     QCACHE_LAZY_MODE_FILE   = 3, // context parameter only: as the model file says
@@ -75,6 +75,10 @@ enum qcache_modality {
     QCACHE_MODALITY_TEXT   = 0,
     QCACHE_MODALITY_VISUAL = 1,
 };
+
+// In place of a leader: the layer is dropped. It has no attention, only its FFN: no Q, K, V or output projection, and no
+// K and V in the cache. It may stand anywhere, inside a Lazy Block too: its neighbours lead and follow across it.
+#define QCACHE_LEADER_NONE (-1)
 
 typedef struct qcache_model   qcache_model_t;
 typedef struct qcache_context qcache_context_t;
@@ -116,8 +120,9 @@ struct qcache_model_info {
     size_t                n_bytes_gpu;   // of those, bytes on the GPU
     int32_t               n_gpu_layers;  // layers computed on the GPU
     const char *          gpu;           // its name in ggml, "CUDA0"; NULL: none
-    enum qcache_lazy_mode lazy_mode;     // as in the file; OFF where the file has no lazy layers
-    const int32_t *       lazy_leader;   // [n_layer]; lazy_leader[il] == il is a full layer; lives as long as the model
+    enum qcache_lazy_mode lazy_mode;     // as in the file; OFF where every layer of the file is full
+    const int32_t *       lazy_leader;   // [n_layer]; lazy_leader[il] == il is a full layer, QCACHE_LEADER_NONE one without
+                                         // attention; lives as long as the model
 };
 
 QCACHE_API struct qcache_model_info qcache_model_get_info(const qcache_model_t * model);
@@ -155,7 +160,9 @@ struct qcache_context_params {
     int32_t                 n_block_tokens;  // tokens in a KV block: 16, 32 (default) or 64
     size_t                  kv_bytes_max;    // limit on KV bytes, 0: none
     enum qcache_lazy_mode   lazy_mode;       // default FILE
-    const int32_t *         lazy_leader;     // [n_lazy_leader], only with GLOBAL or VISUAL; NULL: the file's. Copied.
+    const int32_t *         lazy_leader;     // [n_lazy_leader], only with GLOBAL or VISUAL; NULL: the file's. Copied. Of a
+                                             // full layer itself, of a lazy one the nearest full layer before it, of a
+                                             // dropped one QCACHE_LEADER_NONE
     int32_t                 n_lazy_leader;
     const float *           vis_bias;        // δ [n_layer][n_head] of lazy layers in VISUAL; NULL: the file's. Copied.
     int32_t                 n_vis_bias;      // floats
@@ -170,8 +177,8 @@ struct qcache_context_params {
 QCACHE_API struct qcache_context_params qcache_context_default_params(void);
 
 // The model must outlive the context.
-// INVALID_ARGUMENT (values out of range, leaders that break the rules), UNSUPPORTED (a layer would need attn_q or
-// attn_k that the file left out; a KV type), OUT_OF_MEMORY: *ctx is NULL.
+// INVALID_ARGUMENT (values out of range, leaders that break the rules), UNSUPPORTED (a layer would need weights of its
+// attention that the file left out; a KV type), OUT_OF_MEMORY: *ctx is NULL.
 QCACHE_API enum qcache_status qcache_context_init(const qcache_model_t * model, struct qcache_context_params params, qcache_context_t ** ctx);
 
 QCACHE_API void qcache_context_free(qcache_context_t * ctx);
@@ -241,6 +248,7 @@ struct qcache_kv_usage {
     int32_t n_tokens_text;    // summed over sequences
     int32_t n_tokens_visual;
     int32_t n_lazy_layers;
+    int32_t n_dropped_layers;
 };
 
 QCACHE_API struct qcache_kv_usage qcache_get_kv_usage(const qcache_context_t * ctx);
@@ -276,6 +284,7 @@ enum qcache_capture {
 
 // From the next decode on, keeps `what` (enum qcache_capture, added up) of every layer for the rows that have logits,
 // until it is stopped or started with something else. What was captured before goes. Costs nothing while it is off.
+// A dropped layer has HIDDEN alone.
 // INVALID_ARGUMENT (no or unknown bits), UNSUPPORTED (layers on a GPU), OUT_OF_MEMORY: capture is as before.
 QCACHE_API enum qcache_status qcache_capture_start(qcache_context_t * ctx, int32_t what);
 
@@ -287,7 +296,7 @@ QCACHE_API void qcache_capture_stop(qcache_context_t * ctx);
 QCACHE_API const float * qcache_get_captured_ith(qcache_context_t * ctx, enum qcache_capture what, int32_t il, int32_t i, int32_t * n_values);
 
 // Copies the V that layer il keeps of a sequence, as f32: v [n_head_kv][qcache_seq_len][head_dim], n_values floats.
-// INVALID_ARGUMENT: a sequence or layer out of range, or another n_values.
+// INVALID_ARGUMENT: a sequence or layer out of range, a dropped layer, or another n_values.
 QCACHE_API enum qcache_status qcache_seq_get_v(const qcache_context_t * ctx, int32_t seq_id, int32_t il, float * v, size_t n_values);
 
 //

@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--n-ctx", type=int, default=4096, metavar="N", help="longest prompt and answer (default: 4096)")
         command.add_argument("--gpu-layers", type=int, default=0, metavar="N", help="last layers to compute on a GPU, -1: all (default: 0)")
         command.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
-        command.add_argument("--lazy-layers", default="auto", metavar="SPEC", help="auto, none, or e.g. 5-7,9-15 (default: auto)")
+        command.add_argument("--lazy-layers", default="auto", metavar="SPEC", help="auto, none, or e.g. 5-7,9-15,drop:20 (default: auto)")
         command.add_argument("--lazy-mode", choices=("visual", "global"), help="which tokens share (default: as the file says)")
     for command, purpose in ((run, "of the cache"), (test, "of the cache"), (look, "to reckon with")):
         for name in ("k", "v"):

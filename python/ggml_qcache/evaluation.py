@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from ggml_qcache_convert.calibration.attention import kl_divergence, log_softmax
+from ggml_qcache_convert.lazy_layers import dropped_of, lazy_of
 from rich.console import Console
 from rich.table import Table
 
@@ -150,7 +151,8 @@ class Score:
         return {
             "method": self.method,
             "mode": self.lazy.mode,
-            "lazy_layers": [layer for layer, leader in enumerate(self.lazy.leader) if leader != layer],
+            "lazy_layers": lazy_of(self.lazy.leader),
+            "dropped_layers": dropped_of(self.lazy.leader),
             "kv_saved": 1 - self.kv_bytes / self.kv_bytes_if_full,
             "mean_loss_points": float(100 * (means[0] - means[1])),
             "tasks": tasks,
@@ -198,6 +200,8 @@ def draw(rows: Sequence[dict[str, Any]], console: Console) -> None:
         table.add_row(name, *cells)
 
     line("lazy layers", (f"{len(row['lazy_layers'])}, {row['mode']}" if row["lazy_layers"] else "none" for row in rows))
+    if any(row["dropped_layers"] for row in rows):
+        line("layers without attention", (str(len(row["dropped_layers"])) for row in rows))
     line("KV bytes saved by them", (f"{row['kv_saved']:.1%}" for row in rows))
     table.add_section()
     for task in rows[0]["tasks"]:

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, LlamaFileType
-from ggml_qcache_convert.lazy_layers import leaders_of
+from ggml_qcache_convert.lazy_layers import NO_ATTENTION, dropped_of, lazy_of, leaders_of
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -57,6 +57,7 @@ def draw(facts: dict[str, Any], console: Console) -> None:
     console.print(table)
     if facts["kind"] == "model":
         console.print()
+        console.print(Text(_layer_counts(facts["lazy"]), style="italic"))
         console.print(_layer_table(facts["lazy"]))
         console.print()
         if facts["lazy"]["pair_divergence"]:
@@ -76,17 +77,20 @@ def _model_facts(reader: GGUFReader, path: str, architecture: str, type_k: str, 
     head_dim = number("attention.key_length", n_embd // n_head)
     mode = value(reader, "qcache.lazy.mode", "off")
     leader = value(reader, "qcache.lazy.leader", list(range(n_layer)))
-    lazy_layers = [layer for layer, of in enumerate(leader) if of != layer]
+    lazy_layers, dropped_layers = lazy_of(leader), dropped_of(leader)
     try:
-        valid = leader == leaders_of(lazy_layers, n_layer)
+        valid = leader == leaders_of(lazy_layers, n_layer, dropped_layers)
     except ValueError:
         valid = False
     if not valid:
         raise ModelError(f"{path!r}: 'qcache.lazy.leader' breaks the rules for {n_layer} layers: {leader}")
     calibration = {
         name: value(reader, f"qcache.{name}")
-        for name in ("lazy.js_divergence", "calibration.output_error", "calibration.corrected_error", "calibration.pair_divergence")
-    }
+        for name in (
+            "lazy.js_divergence", "calibration.output_error", "calibration.drop_error", "calibration.corrected_error",
+            "calibration.pair_divergence",
+        )
+    }  # fmt: skip
     vocabulary = reader.get_field("tokenizer.ggml.tokens")
     return {
         "n_layer": n_layer,
@@ -102,26 +106,28 @@ def _model_facts(reader: GGUFReader, path: str, architecture: str, type_k: str, 
             "mode": mode,
             "leader": leader,
             "lazy_layers": lazy_layers,
+            "dropped_layers": dropped_layers,
             **{name.partition(".")[2]: found for name, found in calibration.items()},
         },
         "kv_bytes_per_1000_tokens": kv_bytes_per_1000_tokens(
-            n_layer, len(lazy_layers), mode, n_head_kv, head_dim, type_k, type_v
+            n_layer, len(lazy_layers), len(dropped_layers), mode, n_head_kv, head_dim, type_k, type_v
         ),
     }
 
 
 def kv_bytes_per_1000_tokens(
-    n_layer: int, n_lazy: int, mode: str, n_head_kv: int, head_dim: int, type_k: str, type_v: str
+    n_layer: int, n_lazy: int, n_dropped: int, mode: str, n_head_kv: int, head_dim: int, type_k: str, type_v: str
 ) -> dict[str, Any]:
     """Bytes of K and V of 1000 tokens, whole blocks not counted.
 
     A full layer holds K and V of every token. A lazy layer holds V of every token, and K of text tokens in visual
-    mode, of none in global mode.
+    mode, of none in global mode. A dropped layer holds nothing.
     """
     k, v = (1000 * n_head_kv * _row_bytes(name, head_dim) for name in (type_k, type_v))
     full = n_layer * (k + v)
-    text = full - (n_lazy * k if mode == "global" else 0)
-    visual = full - (n_lazy * k if mode in ("global", "visual") else 0)
+    kept = full - n_dropped * (k + v)
+    text = kept - (n_lazy * k if mode == "global" else 0)
+    visual = kept - (n_lazy * k if mode in ("global", "visual") else 0)
     return {"type_k": type_k, "type_v": type_v, "full": full, "text": text, "visual": visual}
 
 
@@ -180,6 +186,13 @@ def _mib(n_bytes: float) -> str:
     return f"{n_bytes / 2**20:,.2f} MiB"
 
 
+def _layer_counts(lazy: dict[str, Any]) -> str:
+    """How many layers are lazy, and how many dropped."""
+    mode = f", {lazy['mode']} mode" if lazy["lazy_layers"] else ""
+    dropped = f", {len(lazy['dropped_layers'])} without attention" if lazy["dropped_layers"] else ""
+    return f"{len(lazy['lazy_layers'])} of {len(lazy['leader'])} layers lazy{mode}{dropped}"
+
+
 def _layer_table(lazy: dict[str, Any]) -> Table:
     """One row a layer; a bracket joins a leader with its lazy layers, and the columns show what each keeps."""
     leader, mode = lazy["leader"], lazy["mode"]
@@ -187,27 +200,32 @@ def _layer_table(lazy: dict[str, Any]) -> Table:
         "JS divergence": (lazy["js_divergence"], ".4f"),
         "error": (lazy["output_error"], ".1e"),
         "corrected": (lazy["corrected_error"], ".1e"),
+        "if dropped": (lazy["drop_error"], ".1e"),
     }
     measured = {name: found for name, found in measured.items() if found[0]}
-    title = f"{len(lazy['lazy_layers'])} of {len(leader)} layers lazy" + (f", {mode} mode" if lazy["lazy_layers"] else "")
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("layer", "", "", "text", "visual", *measured):
         table.add_column(column, justify="right" if column == "layer" or column in measured else "left")
     for layer, of in enumerate(leader):
-        is_lazy = of != layer
-        followed = layer + 1 < len(leader) and leader[layer + 1] not in (layer + 1, None)
-        bracket = ("├" if followed else "└") if is_lazy else ("┌" if followed else " ")
-        role = f"lazy, Q K of {of}" if is_lazy else "leader" if followed else "full"
-        style = "cyan" if is_lazy else "bold" if followed else ""
+        dropped = of == NO_ATTENTION
+        is_lazy = not dropped and of != layer
+        # whose block goes on after this layer; a dropped one may stand inside it
+        last = next((before for before in range(layer, -1, -1) if leader[before] != NO_ATTENTION), None)
+        following = next((other for other in leader[layer + 1 :] if other != NO_ATTENTION), None)
+        followed = last is not None and following == leader[last]
+        bracket = ("│" if followed else " ") if dropped else ("├" if followed else "└") if is_lazy else ("┌" if followed else " ")
+        role = "no attention" if dropped else f"lazy, Q K of {of}" if is_lazy else "leader" if followed else "full"
+        style = "dim" if dropped else "cyan" if is_lazy else "bold" if followed else ""
         row = [
             str(layer),
             bracket,
             role,
-            "· V" if is_lazy and mode == "global" else "K V",
-            "· V" if is_lazy else "K V",
+            "· ·" if dropped else "· V" if is_lazy and mode == "global" else "K V",
+            "· ·" if dropped else "· V" if is_lazy else "K V",
         ]
-        # a full layer makes no error
-        row += [format(values[layer], form) if name == "JS divergence" or is_lazy else "" for name, (values, form) in measured.items()]
+        # a full layer makes no error, and only a lazy one is corrected
+        shown = {"JS divergence": True, "error": is_lazy or dropped, "corrected": is_lazy, "if dropped": True}
+        row += [format(values[layer], form) if shown[name] else "" for name, (values, form) in measured.items()]
         table.add_row(*row, style=style)
     return table
 

@@ -1,21 +1,21 @@
-"""Which layers are lazy: from the arguments of ``Llama`` and the model file to leaders."""
+"""Which layers are lazy or dropped: from the arguments of ``Llama`` and the model file to leaders."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple, Optional, Union
 
-from ggml_qcache_convert.lazy_layers import leaders_of, parse_layers
+from ggml_qcache_convert.lazy_layers import dropped_of, lazy_of, leaders_of
 
 from .native import ModelInfo
 
 
 class LazyInfo(NamedTuple):
-    """The lazy layers in force.
+    """The lazy and dropped layers in force.
 
     Attributes:
         mode: ``"off"``, ``"visual"`` or ``"global"``.
-        leader: Leader of each layer; a layer that is its own leader is full.
+        leader: Leader of each layer; a layer that is its own leader is full, one with -1 is dropped: it has no attention.
     """
 
     mode: str
@@ -24,7 +24,12 @@ class LazyInfo(NamedTuple):
     @property
     def n_lazy(self) -> int:
         """How many layers are lazy."""
-        return sum(leader != layer for layer, leader in enumerate(self.leader))
+        return len(lazy_of(self.leader))
+
+    @property
+    def n_dropped(self) -> int:
+        """How many layers have no attention."""
+        return len(dropped_of(self.leader))
 
 
 def resolve_lazy(
@@ -41,7 +46,7 @@ def resolve_lazy(
         Mode and leaders; None: the file's.
 
     Raises:
-        ValueError: Layers that break the rules, an unknown mode, or a mode where no layer is lazy.
+        ValueError: Layers that break the rules, an unknown mode, or a mode where every layer is full.
     """
     if lazy_mode is not None and lazy_mode not in ("visual", "global"):
         raise ValueError(f"lazy_mode={lazy_mode!r} is neither 'visual' nor 'global'")
@@ -49,10 +54,10 @@ def resolve_lazy(
         if lazy_mode is not None and info.lazy_mode == "off":
             raise ValueError(f"lazy_mode={lazy_mode!r}, but the file has no lazy layers: name them with lazy_layers")
         return lazy_mode, None
-    layers = parse_layers(lazy_layers, info.n_layer) if isinstance(lazy_layers, str) else list(lazy_layers or ())
-    if not layers:
+    leaders = leaders_of(() if lazy_layers is None else lazy_layers, info.n_layer)
+    if leaders == list(range(info.n_layer)):
         if lazy_mode is not None:
             raise ValueError(f"lazy_mode={lazy_mode!r} with lazy_layers={lazy_layers!r}: no layer is lazy")
         return "off", None
     file_mode = info.lazy_mode if info.lazy_mode != "off" else "visual"
-    return lazy_mode or file_mode, leaders_of(layers, info.n_layer)
+    return lazy_mode or file_mode, leaders

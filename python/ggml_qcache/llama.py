@@ -80,7 +80,8 @@ class Llama(base.Llama):
             model_path: Text GGUF.
             mmproj_path: Vision GGUF (mmproj) of the same model; None: no images.
             lazy_layers: ``"auto"``: as the file says. ``"none"``, None or ``[]``: every layer full. Otherwise layers,
-                as ``"5-7,9-15"`` or a list; the leader of a lazy layer is the nearest full layer before it.
+                as ``"5-7,9-15"`` or a list; the leader of a lazy layer is the nearest full layer before it. After ``drop:``,
+                as in ``"5-7,drop:9-11"``, layers lose their attention altogether.
             lazy_mode: ``"visual"``: visual tokens share query and key with the leader. ``"global"``: every token does.
                 None: the file's mode, or ``"visual"`` where it has none.
             n_gpu_layers: Last layers to compute on a GPU, with the output matrix; -1: all. Fewer where that would tear a
@@ -276,7 +277,7 @@ class Llama(base.Llama):
             ``bytes`` in use; ``bytes_if_full``, what the same tokens would take with every layer full; ``bytes_max``,
             the limit (0: none); ``blocks``, ``blocks_text``, ``blocks_visual``; ``block_tokens`` in a block;
             ``bytes_block_text``, ``bytes_block_visual``, ``bytes_block_full`` of one block; ``text_tokens``,
-            ``visual_tokens``; ``lazy_layers``, how many; ``lazy_mode``.
+            ``visual_tokens``; ``lazy_layers`` and ``dropped_layers``, how many; ``lazy_mode``.
         """
         usage = self._context.kv_usage()
         return {
@@ -293,6 +294,7 @@ class Llama(base.Llama):
             "text_tokens": usage["n_tokens_text"],
             "visual_tokens": usage["n_tokens_visual"],
             "lazy_layers": usage["n_lazy_layers"],
+            "dropped_layers": usage["n_dropped_layers"],
             "lazy_mode": self.lazy.mode,
         }
 

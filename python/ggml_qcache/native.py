@@ -267,7 +267,8 @@ class Context:
             block_tokens: Tokens of a KV block, 16, 32 or 64.
             kv_bytes_max: Limit on KV bytes, 0: none.
             lazy_mode: ``"off"``, ``"global"`` or ``"visual"``; None: as the file says.
-            lazy_leader: ``[n_layer]`` leaders, with ``"global"`` or ``"visual"``; None: the file's.
+            lazy_leader: ``[n_layer]`` leaders, -1 for a layer without attention, with ``"global"`` or ``"visual"``; None: the
+                file's.
             vis_bias: ``[n_layer, n_head]`` f32, what lazy layers add to the logits of visual keys in rows of text, with
                 ``"visual"``; None: the file's.
             layer_first: First layer that is computed; above 0 rows are embeddings, the residual stream before it.
@@ -460,7 +461,8 @@ class Context:
             ``"attn"`` ``[n_head, head_dim]``, ``"hidden"`` ``[n_embd]``.
 
         Raises:
-            ValueError: Not captured, or a layer or row that the last batch doesn't have.
+            ValueError: Not captured, a layer or row that the last batch doesn't have, or a layer without attention, which has
+                ``"hidden"`` alone.
         """
         n_values = ffi.new("int32_t *")
         pointer = lib.qcache_get_captured_ith(self.handle, choice("what", what, CAPTURES), layer, row, n_values)
@@ -477,7 +479,7 @@ class Context:
             ``[n_head_kv, seq_len, head_dim]`` f32.
 
         Raises:
-            InvalidArgumentError: A layer or sequence out of range.
+            InvalidArgumentError: A layer or sequence out of range, or a layer without attention.
         """
         info = self.model.info
         out = np.empty((info.n_head_kv, max(0, self.seq_len(seq_id)), info.head_dim), dtype=np.float32)

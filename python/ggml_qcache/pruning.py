@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from ggml_qcache_convert.lazy_layers import NO_ATTENTION
 
 from .native import TEXT, Context, Model
 
@@ -25,7 +26,8 @@ class PrunedContext:
             model: The model.
             layer: Layers that see every token, 1 to ``n_layer - 1``.
             keep: Share of a prompt's visual tokens that stay, 0 to 1; at least one does.
-            **params: As for ``Context``. Lazy layers must have their leader on the same side of ``layer``.
+            **params: As for ``Context``. Lazy layers must have their leader on the same side of ``layer``, and the layer before
+                ``layer`` must have attention.
 
         Raises:
             ValueError: ``layer`` or ``keep`` out of range, or what ``Context`` refuses.
@@ -40,6 +42,8 @@ class PrunedContext:
         self._n_prompt: dict[int, int] = {}
         self._front = Context(model, n_layers=layer, **params)
         try:
+            if self._front.lazy_leader[layer - 1] == NO_ATTENTION:
+                raise ValueError(f"layer={layer}: layer {layer - 1} has no attention by which tokens could be pruned")
             self._back = Context(model, layer_first=layer, **params)
         except BaseException:
             self._front.close()

@@ -6,7 +6,8 @@ import math
 import os
 
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
-from ggml_qcache_convert.lazy_layers import LAZY_KEYS, leaders_of
+from ggml_qcache_convert.lazy_keys import ATTENTION
+from ggml_qcache_convert.lazy_layers import LAZY_KEYS, NO_ATTENTION, dropped_of, lazy_of, leaders_of
 
 from .gguf_file import read_gguf, value
 
@@ -14,6 +15,7 @@ _ARRAYS = {
     "qcache.lazy.js_divergence": 1,
     "qcache.calibration.pair_divergence": 2,
     "qcache.calibration.output_error": 1,
+    "qcache.calibration.drop_error": 1,
     "qcache.calibration.corrected_error": 1,
 }
 _NEEDED = {"qcache.version": GGUFValueType.UINT32, "qcache.lazy.mode": GGUFValueType.STRING, "qcache.lazy.leader": GGUFValueType.ARRAY}
@@ -59,8 +61,8 @@ def _key_problems(reader: GGUFReader, n_layer: int) -> list[str]:
     if problems:
         return problems
     version, mode, leader = (value(reader, name) for name in _NEEDED)
-    if version != 1:
-        problems.append(f"qcache.version is {version}, known is 1")
+    if version not in (1, 2):
+        problems.append(f"qcache.version is {version}, known are 1 and 2")
     if mode not in ("visual", "global"):
         problems.append(f"qcache.lazy.mode is {mode!r}, expected visual or global")
     if reader.get_field("qcache.lazy.leader").types[-1] != GGUFValueType.INT32:
@@ -68,7 +70,7 @@ def _key_problems(reader: GGUFReader, n_layer: int) -> list[str]:
     if len(leader) != n_layer:
         problems.append(f"qcache.lazy.leader has {len(leader)} values for {n_layer} layers")
     else:
-        problems += _leader_problems(leader)
+        problems += _leader_problems(leader, version)
     for name, power in _ARRAYS.items():
         values = value(reader, name)
         if values is not None and len(values) != n_layer**power:
@@ -78,13 +80,18 @@ def _key_problems(reader: GGUFReader, n_layer: int) -> list[str]:
     return problems
 
 
-def _leader_problems(leader: list[int]) -> list[str]:
+def _leader_problems(leader: list[int], version: int) -> list[str]:
     for layer, of in enumerate(leader):
-        if not 0 <= of <= layer:
-            return [f"leader {of} of layer {layer} is not among 0 to {layer}"]
-        if leader[of] != of:
+        if of == NO_ATTENTION:
+            if version == 1:
+                return [f"layer {layer} has no attention, which version 1 of the format has not"]
+        elif not 0 <= of <= layer:
+            return [f"leader {of} of layer {layer} is not among 0 to {layer}, nor {NO_ATTENTION}"]
+        elif leader[of] == NO_ATTENTION:
+            return [f"leader {of} of layer {layer} has no attention"]
+        elif leader[of] != of:
             return [f"leader {of} of layer {layer} is lazy itself, its leader is {leader[of]}"]
-    expected = leaders_of([layer for layer, of in enumerate(leader) if of != layer], len(leader))
+    expected = leaders_of(lazy_of(leader), len(leader), dropped_of(leader))
     return [
         f"leader of layer {layer} is {of}, the nearest full layer before it is {want}"
         for layer, (of, want) in enumerate(zip(leader, expected))
@@ -97,10 +104,13 @@ def _tensor_problems(reader: GGUFReader, architecture: str, n_layer: int, leader
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     n_head = value(reader, f"{architecture}.attention.head_count")
     for layer in range(n_layer):
-        lazy = layer < len(leader) and leader[layer] != layer
-        for name in ("attn_q", "attn_k"):
-            if f"blk.{layer}.{name}.weight" not in tensors and not (lazy and mode == "global"):
-                problems.append(f"blk.{layer}.{name}.weight is missing, and layer {layer} is {'lazy in visual mode' if lazy else 'full'}")
+        of = leader[layer] if layer < len(leader) else layer
+        lazy, optional = of not in (layer, NO_ATTENTION), ATTENTION if of == NO_ATTENTION else ()
+        if lazy and mode == "global":
+            optional = ("attn_q", "attn_k")
+        for name in ATTENTION:
+            if f"blk.{layer}.{name}.weight" not in tensors and name not in optional:
+                problems.append(f"blk.{layer}.{name}.weight is missing, and layer {layer} is {f'lazy in {mode} mode' if lazy else 'full'}")
         bias = tensors.get(f"blk.{layer}.attn_vis_bias.weight")
         if bias is not None and (bias.tensor_type != GGMLQuantizationType.F32 or [int(n) for n in bias.shape] != [n_head]):
             shape = [int(n) for n in bias.shape]

@@ -31,7 +31,7 @@ std::string temporary(const char * name) {
     return std::string(dir != nullptr ? dir : "/tmp") + "/qcache-test-" + std::to_string(getpid()) + "-" + name;
 }
 
-// a llama GGUF with random f32 weights and the given leaders
+// a llama GGUF with random f32 weights and the given leaders; a layer without attention has none of its weights
 void write_model(const std::string & path, const std::vector<int32_t> & leader, const char * mode) {
     std::mt19937                    rng(7);
     std::normal_distribution<float> normal(0.0f, 1.0f);
@@ -49,7 +49,7 @@ void write_model(const std::string & path, const std::vector<int32_t> & leader, 
     gguf_set_val_u32(gguf.get(), "llama.context_length", 512);
     gguf_set_val_f32(gguf.get(), "llama.attention.layer_norm_rms_epsilon", 1e-5f);
     if (mode != nullptr) {
-        gguf_set_val_u32(gguf.get(), "qcache.version", 1);
+        gguf_set_val_u32(gguf.get(), "qcache.version", std::count(leader.begin(), leader.end(), QCACHE_LEADER_NONE) > 0 ? 2 : 1);
         gguf_set_val_str(gguf.get(), "qcache.lazy.mode", mode);
         gguf_set_arr_data(gguf.get(), "qcache.lazy.leader", GGUF_TYPE_INT32, leader.data(), leader.size());
     }
@@ -66,11 +66,13 @@ void write_model(const std::string & path, const std::vector<int32_t> & leader, 
     add("output_norm.weight", n_embd, 0);
     for (int il = 0; il < n_layer; il++) {
         const std::string blk = "blk." + std::to_string(il) + ".";
-        add(blk + "attn_norm.weight", n_embd, 0);
-        add(blk + "attn_q.weight", n_embd, n_head * head_dim);
-        add(blk + "attn_k.weight", n_embd, n_head_kv * head_dim);
-        add(blk + "attn_v.weight", n_embd, n_head_kv * head_dim);
-        add(blk + "attn_output.weight", n_head * head_dim, n_embd);
+        if (il >= (int) leader.size() || leader[il] != QCACHE_LEADER_NONE) {
+            add(blk + "attn_norm.weight", n_embd, 0);
+            add(blk + "attn_q.weight", n_embd, n_head * head_dim);
+            add(blk + "attn_k.weight", n_embd, n_head_kv * head_dim);
+            add(blk + "attn_v.weight", n_embd, n_head_kv * head_dim);
+            add(blk + "attn_output.weight", n_head * head_dim, n_embd);
+        }
         add(blk + "ffn_norm.weight", n_embd, 0);
         add(blk + "ffn_gate.weight", n_embd, n_ff);
         add(blk + "ffn_up.weight", n_embd, n_ff);
@@ -206,7 +208,7 @@ void state_and_sequences(const qcache_model_t * model, const std::vector<int32_t
     std::mt19937 rng(3);
     for (int i = 0; i < 2000; i++) { // damaged headers: any status, no crash
         auto damaged = state;
-        damaged[rng() % 160] ^= (uint8_t) (1 + rng() % 255);
+        damaged[rng() % std::min<size_t>(160, damaged.size())] ^= (uint8_t) (1 + rng() % 255);
         qcache_state_set(other.ctx, damaged.data(), damaged.size());
     }
     CHECK(qcache_state_set(other.ctx, state.data(), state.size()) == QCACHE_STATUS_SUCCESS);
@@ -343,6 +345,47 @@ void layers_and_bias(const qcache_model_t * model, const std::vector<int32_t> & 
     CHECK(qcache_context_init(model, second, &none) == QCACHE_STATUS_INVALID_ARGUMENT && none == nullptr);
 }
 
+// layers without attention: given at run time, then as a file that has not got their weights
+void dropped(const qcache_model_t * full_model, const std::string & path) {
+    const std::vector<int32_t> mixed = { 0, 0, QCACHE_LEADER_NONE, 0, QCACHE_LEADER_NONE };
+    const std::vector<int32_t> first = { QCACHE_LEADER_NONE, 1, QCACHE_LEADER_NONE, 1, 4 };
+    const std::vector<int32_t> none(n_layer, QCACHE_LEADER_NONE); // blocks of no bytes
+    for (const auto & leader : { mixed, first, none }) {
+        for (const auto mode : { QCACHE_LAZY_MODE_GLOBAL, QCACHE_LAZY_MODE_VISUAL }) {
+            same_whatever_the_way(full_model, mode, leader);
+        }
+        state_and_sequences(full_model, leader);
+    }
+    failures_leave_the_context(full_model, mixed);
+
+    write_model(path, mixed, "visual");
+    qcache_model_t * model = nullptr;
+    CHECK(qcache_model_init(path.c_str(), qcache_model_default_params(), &model) == QCACHE_STATUS_SUCCESS);
+    if (model == nullptr) {
+        return;
+    }
+    {
+        const prompt p;
+        context      ctx(model, params_for(QCACHE_LAZY_MODE_FILE, {}));
+        CHECK(run(ctx.ctx, p, 0, p.size()).size() == (size_t) p.size() * n_vocab);
+        const auto usage = qcache_get_kv_usage(ctx.ctx);
+        CHECK(usage.n_lazy_layers == 2 && usage.n_dropped_layers == 2);
+        CHECK(usage.bytes_block_text * 10 == usage.bytes_block_full * 6 && usage.bytes_block_visual * 10 == usage.bytes_block_full * 4);
+        CHECK(qcache_capture_start(ctx.ctx, QCACHE_CAPTURE_ATTN | QCACHE_CAPTURE_HIDDEN) == QCACHE_STATUS_SUCCESS);
+        qcache_clear(ctx.ctx);
+        CHECK(qcache_decode(ctx.ctx, p.rows(0, 20)) == QCACHE_STATUS_SUCCESS);
+        CHECK(qcache_get_captured_ith(ctx.ctx, QCACHE_CAPTURE_HIDDEN, 4, 0, nullptr) != nullptr);
+        CHECK(qcache_get_captured_ith(ctx.ctx, QCACHE_CAPTURE_ATTN, 4, 0, nullptr) == nullptr);
+        std::vector<float> v((size_t) n_head_kv * head_dim * 20);
+        CHECK(qcache_seq_get_v(ctx.ctx, 0, 2, v.data(), v.size()) == QCACHE_STATUS_INVALID_ARGUMENT);
+        CHECK(qcache_seq_get_v(ctx.ctx, 0, 3, v.data(), v.size()) == QCACHE_STATUS_SUCCESS);
+    }
+    qcache_context_t * refused = nullptr;
+    CHECK(qcache_context_init(model, params_for(QCACHE_LAZY_MODE_OFF, {}), &refused) == QCACHE_STATUS_UNSUPPORTED && refused == nullptr);
+    qcache_model_free(model);
+    remove(path.c_str());
+}
+
 void set_weight(const std::string & path) {
     qcache_model_t * model = nullptr;
     CHECK(qcache_model_init(path.c_str(), qcache_model_default_params(), &model) == QCACHE_STATUS_SUCCESS);
@@ -376,7 +419,7 @@ void bad_files(const std::string & path) {
     qcache_model_t * model = nullptr;
     CHECK(qcache_model_init(cut.c_str(), qcache_model_default_params(), &model) == QCACHE_STATUS_FILE);
 
-    for (const auto & leader : std::vector<std::vector<int32_t>>{ { 0, 2, 2, 3, 4 }, { 0, 0, 1, 3, 4 }, { 0, 0, 2, 0, 4 }, { 0, 0, 2 }, { 1, 1, 1, 1, 1 }, { 0, -1, 2, 3, 4 }, { 0, 9, 2, 3, 4 } }) {
+    for (const auto & leader : std::vector<std::vector<int32_t>>{ { 0, 2, 2, 3, 4 }, { 0, 0, 1, 3, 4 }, { 0, 0, 2, 0, 4 }, { 0, 0, 2 }, { 1, 1, 1, 1, 1 }, { 0, -2, 2, 3, 4 }, { 0, -1, 1, 3, 4 }, { 0, 9, 2, 3, 4 } }) {
         write_model(cut, leader, "visual");
         CHECK(qcache_model_init(cut.c_str(), qcache_model_default_params(), &model) == QCACHE_STATUS_INVALID_MODEL);
         CHECK(strstr(qcache_last_error(), "qcache.lazy.leader") != nullptr);
@@ -407,6 +450,7 @@ int main() {
     state_and_sequences(model, leader);
     failures_leave_the_context(model, leader);
     layers_and_bias(model, leader);
+    dropped(model, temporary("dropped.gguf"));
     qcache_model_free(model);
     set_weight(path);
     bad_files(path);

@@ -44,33 +44,35 @@ def shared_scores(leader: Array, own: Array, row_visual: Array, key_visual: Arra
 def sharing_errors(
     scores: Callable[[int], Array],
     v: Callable[[int], Array],
-    w_o: Callable[[int], Array],
+    w_o: Callable[[int], tuple[Array, Array | float]],
     before: Callable[[int], Array],
     row_visual: Array,
     key_visual: Array,
     mode: str,
     n_layer: int,
-) -> npt.NDArray[np.float64]:
-    """Relative squared error of the residual stream after each layer's attention, with each leader's attention.
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Relative squared error of the residual stream after each layer's attention, with each leader's attention and with none.
 
     Args:
         scores: Gives a layer's ``[n_rows, n_head, n_keys]``, -inf where a row doesn't see a key.
         v: Gives a layer's ``[n_head_kv, n_keys, head_dim]``.
-        w_o: Gives a layer's ``[n_embd, n_head * head_dim]``; or what ``length_keeping`` makes of it, ``[n, n_head * head_dim]``.
-        before: Gives the residual stream before a layer, ``[n_rows, n_embd]``, or the same made of it; asked from layer 1 on.
+        w_o: Gives a layer's ``[n_embd, n_head * head_dim]`` and its bias ``[n_embd]`` (0 where there is none); or what
+            ``length_keeping`` makes of them, ``[n, n_head * head_dim]`` and ``[n]``.
+        before: Gives the residual stream before a layer, ``[n_rows, n_embd]``, or the same made of it.
         row_visual: ``[n_rows]`` bool.
         key_visual: ``[n_keys]`` bool.
         mode: ``visual`` or ``global``.
         n_layer: Number of layers.
 
     Returns:
-        ``[n_layer, n_layer]``: ``[j, l]``, j < l, is the mean over rows of ``|W_o (o' - o)|^2 / |x + W_o o|^2``; 0 elsewhere.
+        ``[n_layer, n_layer]``: ``[j, l]``, j < l, is the mean over rows of ``|W_o (o' - o)|^2 / |x + W_o o + b_o|^2``; 0 elsewhere.
+        ``[n_layer]``: the mean over rows of ``|W_o o + b_o|^2 / |x + W_o o + b_o|^2``, what a layer without attention errs.
     """
-    errors = np.zeros((n_layer, n_layer))
+    errors, dropped = np.zeros((n_layer, n_layer)), np.zeros(n_layer)
     all_scores = [scores(layer) for layer in range(n_layer)]
     n_rows, n_head, n_keys = all_scores[0].shape
-    for layer in range(1, n_layer):
-        values, matrix = v(layer), w_o(layer)
+    for layer in range(n_layer):
+        values, (matrix, bias) = v(layer), w_o(layer)
         n_group = n_head // len(values)
 
         def output(weights: Array) -> Array:
@@ -79,12 +81,13 @@ def sharing_errors(
             return by_head.transpose(1, 0, 2).reshape(n_rows, -1) @ matrix.T
 
         expected = output(softmax(all_scores[layer]))
-        power = np.maximum(np.sum((before(layer) + expected) ** 2, axis=-1, dtype=np.float64), np.finfo(np.float64).tiny)
+        power = np.maximum(np.sum((before(layer) + expected + bias) ** 2, axis=-1, dtype=np.float64), np.finfo(np.float64).tiny)
+        dropped[layer] = np.mean(np.sum((expected + bias) ** 2, axis=-1, dtype=np.float64) / power)
         for leader in range(layer):
             mixed = shared_scores(all_scores[leader], all_scores[layer], row_visual, key_visual, mode)
             error = np.sum((output(softmax(mixed)) - expected) ** 2, axis=-1, dtype=np.float64)
             errors[leader, layer] = np.mean(error / power)
-    return errors
+    return errors, dropped
 
 
 def length_keeping(n_from: int, n_to: int, seed: int) -> Array:

@@ -12,13 +12,12 @@ from tqdm import tqdm
 
 from ..errors import ConversionError
 from ..lazy_keys import MODES
-from ..lazy_layers import leaders_of, parse_layers
+from ..lazy_layers import NO_ATTENTION, dropped_of, lazy_of, leaders_of
 from .attention import js_divergence, length_keeping, sharing_errors, softmax
 from .correct import Corrections, correct, scores_of
 from .runner import Runner
 from .samples import PROMPTS, Sample, choose_pairs, find_images, make_samples
-from .select import by_cost, by_descent, by_divergence, by_threshold
-from .weights import Weights
+from .select import by_cost, by_descent, by_divergence, by_threshold, neighbours
 
 if TYPE_CHECKING:
     from ggml_qcache import Llama
@@ -37,7 +36,8 @@ class CalibrationSettings:
         metric: ``js``: the paper's divergence of neighbouring layers' attention. ``output``: the summed error that attention
             outputs make in the residual stream. ``loss``: the divergence of the final logits, measured plan by plan.
         mode: ``visual`` or ``global``.
-        layers: The lazy layers, numbers or a specification such as ``9-15,18``; None: they are chosen.
+        drop_attention: Let layers lose their attention where that is chosen, with ``output`` or ``loss``.
+        layers: The lazy layers, numbers or a specification such as ``9-15,18,drop:20``; None: they are chosen.
         budget: Share of the KV bytes to save, 0 to 1, at the samples' share of visual tokens.
         threshold: Instead of a budget, with ``js``: the divergence in nats below which a layer is lazy.
         align_heads: Permute a lazy layer's heads to those of its leader.
@@ -53,6 +53,7 @@ class CalibrationSettings:
     images: Path | Sequence[Any]
     metric: str = "js"
     mode: str = "visual"
+    drop_attention: bool = False
     layers: str | Sequence[int] | None = None
     budget: float | None = 0.35
     threshold: float | None = None
@@ -75,13 +76,13 @@ class CalibrationSettings:
         """Whether lazy layers are corrected."""
         return bool(self.corrections)
 
-    def lazy_layers(self, n_layer: int) -> list[int]:
-        """The layers that were given.
+    def leaders(self, n_layer: int) -> list[int]:
+        """The leaders of the layers that were given.
 
         Raises:
             ValueError: The specification is malformed or names a layer that the model hasn't.
         """
-        return parse_layers(self.layers, n_layer) if isinstance(self.layers, str) else sorted(self.layers or ())
+        return leaders_of(self.layers or (), n_layer)
 
     def check(self) -> None:
         """Refuses what makes no sense.
@@ -95,8 +96,14 @@ class CalibrationSettings:
             raise ValueError(f"lazy_mode {self.mode!r} isn't one of {', '.join(MODES)}")
         if self.vis_bias and self.mode != "visual":
             raise ValueError(f"a bias on visual keys goes with lazy_mode visual, got {self.mode!r}")
-        if self.layers is not None and not self.lazy_layers(_MOST_LAYERS):
+        if self.layers is not None and not lazy_of(self.leaders(_MOST_LAYERS)):
             raise ValueError("there are no lazy layers to correct")
+        if self.drop_attention and self.layers is not None:
+            raise ValueError(f"drop_attention chooses layers, and these are given: {self.layers}")
+        if self.drop_attention and self.metric == "js":
+            raise ValueError(
+                "lazy_metric js compares the attention of two layers and can't tell what none costs: drop_attention goes with output or loss"
+            )
         if self.layers is None and (self.budget is None) == (self.threshold is None):
             raise ValueError("a budget or a threshold chooses how many layers are lazy: give one of them")
         if self.threshold is not None and (self.metric != "js" or not 0 < self.threshold < math.inf):
@@ -120,18 +127,26 @@ class Measured:
             mean over heads and samples.
         output_error: ``[n_layer, n_layer]``, ``[j, l]``: relative squared error of the residual stream after layer l's
             attention with leader j, mean over rows and samples.
+        drop_error: ``[n_layer]``, the same without layer l's attention.
         log_probs: By sample, ``[n answer rows, n_vocab]`` log-probabilities of the untouched model.
     """
 
     samples: list[Sample]
     pair_divergence: npt.NDArray[np.float64]
     output_error: npt.NDArray[np.float64]
+    drop_error: npt.NDArray[np.float64]
     log_probs: list[npt.NDArray[np.float32]]
 
     @property
     def js_divergence(self) -> npt.NDArray[np.float64]:
         """``[n_layer]``, each layer's divergence from the one before; 0 for layer 0."""
         return np.concatenate([[0.0], np.diagonal(self.pair_divergence, 1)])
+
+    def errors_of(self, leaders: Sequence[int]) -> npt.NDArray[np.float64]:
+        """``[n_layer]``: what a lazy layer's leader or a dropped layer's lack of attention costs; 0 for a full layer."""
+        at = np.arange(len(leaders))
+        shared = self.output_error[np.asarray(leaders), at]  # 0 on the diagonal
+        return np.where(np.asarray(leaders) == NO_ATTENTION, self.drop_error, shared)
 
     @property
     def n_tokens(self) -> int:
@@ -196,13 +211,16 @@ def measure_samples(
 ) -> Measured:
     """``measure`` on samples that are there already, or come one by one; ``n_samples`` of them."""
     runner = Runner(llm, settings.mode, n_threads)
-    n_layer, weights = runner.n_layer, Weights(llm.model_path)
+    n_layer, weights = runner.n_layer, runner.weights
     samples: list[Sample] = []
     log_probs: list[npt.NDArray[np.float32]] = []
-    divergence, errors = np.zeros((n_layer, n_layer)), np.zeros((n_layer, n_layer))
+    divergence, errors, dropped = np.zeros((n_layer, n_layer)), np.zeros((n_layer, n_layer)), np.zeros(n_layer)
     # every pair of layers is compared: with W_o itself that would take longer than running the samples
     shorter = length_keeping(llm.native_model.info.n_embd, _LENGTHS, settings.seed)
-    projections = [shorter @ weights[f"blk.{layer}.attn_output.weight"] for layer in range(n_layer)]
+    names = [f"blk.{layer}.attn_output" for layer in range(n_layer)]
+    projections: list[tuple[Any, Any]] = [
+        (shorter @ weights[f"{name}.weight"], shorter @ weights[f"{name}.bias"] if f"{name}.bias" in weights else 0.0) for name in names
+    ]
     with runner.context(None) as context:
         for sample in tqdm(made, total=n_samples, desc="calibrating", unit="sample", disable=not progress):
             context.capture_start("scores", "hidden")
@@ -210,21 +228,28 @@ def measure_samples(
             last = [softmax(context.captured("scores", layer)) for layer in range(n_layer)]
             for layer in range(1, n_layer):
                 divergence[layer, :layer] += [js_divergence(p, last[layer]).mean() for p in last[:layer]]
-            errors += sharing_errors(
+
+            def before(layer: int) -> npt.NDArray[np.float32]:
+                if layer == 0:
+                    return runner.inputs(sample) @ shorter.T
+                return np.stack([context.captured("hidden", layer - 1, int(row)) for row in sample.rows]) @ shorter.T
+
+            found = sharing_errors(
                 lambda layer: scores_of(context, layer, sample),
                 context.seq_v,
                 projections.__getitem__,
-                lambda layer: np.stack([context.captured("hidden", layer - 1, int(row)) for row in sample.rows]) @ shorter.T,
+                before,
                 sample.visual[sample.rows],
                 sample.visual,
                 settings.mode,
                 n_layer,
             )
+            errors, dropped = errors + found[0], dropped + found[1]
             log_probs.append(runner.answer_log_probs(context, sample))
             samples.append(sample)
             context.capture_stop()
     divergence += divergence.T
-    return Measured(samples, divergence / len(samples), errors / len(samples), log_probs)
+    return Measured(samples, divergence / len(samples), errors / len(samples), dropped / len(samples), log_probs)
 
 
 def calibrate(
@@ -253,20 +278,18 @@ def calibrate(
     divergence = measured.js_divergence
     threshold = settings.threshold
     if settings.layers is not None:
-        leaders, threshold = leaders_of(settings.lazy_layers(runner.n_layer), runner.n_layer), None
+        leaders, threshold = settings.leaders(runner.n_layer), None
     elif threshold is not None:
         leaders = by_threshold(divergence, threshold)
     else:
-        n_lazy = _n_lazy_for(runner, settings, measured)
-        js = by_divergence(divergence, n_lazy)
-        output = by_cost(measured.output_error, n_lazy)
+        budget = _Budget(runner, settings, measured)
         if settings.metric == "js":
-            leaders = js
-            threshold = float(np.nextafter(max(divergence[layer] for layer in range(runner.n_layer) if js[layer] != layer), 1))
+            leaders = by_divergence(divergence, budget.n_lazy())
+            threshold = float(np.nextafter(max(divergence[layer] for layer in lazy_of(leaders)), 1))
         elif settings.metric == "output":
-            leaders = output
+            leaders = min(_by_output(settings, measured, budget), key=lambda plan: measured.errors_of(plan).sum())
         else:
-            leaders = _by_loss(runner, measured, js, output, progress)
+            leaders = _by_loss(runner, settings, measured, budget, progress)
     kv_saved = runner.kv_saved(leaders, measured.samples)
     kl = uncorrected_kl = runner.kl(leaders, measured)
     corrections = None
@@ -275,30 +298,70 @@ def calibrate(
             llm, leaders, measured.samples, settings.mode, progress=progress, n_threads=n_threads,
             **dict.fromkeys(settings.corrections, True),
         )  # fmt: skip
-        with Weights(llm.model_path).replaced(llm.native_model, corrections.weights):
+        with runner.weights.replaced(llm.native_model, corrections.weights):
             kl = runner.kl(leaders, measured, vis_bias=corrections.vis_bias)
     return Calibration(leaders, settings, measured, kv_saved, kl, threshold, corrections, uncorrected_kl)
 
 
-def _n_lazy_for(runner: Runner, settings: CalibrationSettings, measured: Measured) -> int:
-    """The least number of lazy layers that meets the budget; which they are doesn't matter for bytes."""
-    saved = 0.0
-    for n_lazy in range(1, runner.n_layer):
-        saved = runner.kv_saved(leaders_of(range(1, n_lazy + 1), runner.n_layer), measured.samples)
-        if saved >= settings.budget:
-            return n_lazy
-    raise ConversionError(
-        f"lazy_budget {settings.budget} can't be met: in {settings.mode} mode {runner.n_layer - 1} of {runner.n_layer} lazy "
-        f"layers save {saved:.3f} of the KV bytes, with {measured.visual_share:.0%} of the calibration tokens visual"
-    )
+class _Budget:
+    """What lazy and dropped layers save on the samples; which layers they are doesn't matter for bytes."""
+
+    def __init__(self, runner: Runner, settings: CalibrationSettings, measured: Measured) -> None:
+        assert settings.budget is not None
+        n_layer, samples = runner.n_layer, measured.samples
+        self._share, self._n_layer = settings.budget, n_layer
+        self._dropped, self._full = runner.kv_bytes(leaders_of((), n_layer, [n_layer - 1]), samples)
+        self._lazy = runner.kv_bytes(leaders_of([n_layer - 1], n_layer), samples)[0] if n_layer > 1 else 0
+        self._unmet = (
+            f"lazy_budget {settings.budget} can't be met: in {settings.mode} mode {n_layer - 1} of {n_layer} lazy layers save "
+            f"{(n_layer - 1) * self._lazy / self._full:.3f} of the KV bytes, with {measured.visual_share:.0%} of the calibration tokens visual"
+        )
+
+    def met(self, n_lazy: int, n_dropped: int = 0) -> bool:
+        """Whether so many layers save enough."""
+        return (n_lazy * self._lazy + n_dropped * self._dropped) / self._full >= self._share
+
+    def n_lazy(self) -> int:
+        """The least number of lazy layers that save enough alone.
+
+        Raises:
+            ConversionError: There is none.
+        """
+        n_lazy = next((n for n in range(1, self._n_layer) if self.met(n)), None)
+        if n_lazy is None:
+            raise ConversionError(self._unmet)
+        return n_lazy
 
 
-def _by_loss(runner: Runner, measured: Measured, js: list[int], output: list[int], progress: bool) -> list[int]:
-    """Descends from the better of the other metrics' plans; each step is measured on the final logits."""
-    start = js if runner.kl(js, measured) < runner.kl(output, measured) else output
-    n_lazy = sum(leader != layer for layer, leader in enumerate(start))
-    # one round of swaps; further rounds follow only after an improvement
-    with tqdm(total=1 + n_lazy * (runner.n_layer - 1 - n_lazy), desc="trying plans", unit="plan", disable=not progress) as bar:
+def _by_output(settings: CalibrationSettings, measured: Measured, budget: _Budget) -> list[list[int]]:
+    """The plan with the least summed error for each number of dropped layers that can meet the budget, from none on."""
+    if not settings.drop_attention:
+        budget.n_lazy()  # tells what can't be met
+    plans = by_cost(measured.output_error, measured.drop_error if settings.drop_attention else None)
+    best: dict[int, list[int]] = {}
+    for (n_lazy, n_dropped), plan in sorted(plans.items()):
+        # of plans that cost the same, the one with the fewest lazy layers
+        if budget.met(n_lazy, n_dropped) and (
+            n_dropped not in best or measured.errors_of(plan).sum() < measured.errors_of(best[n_dropped]).sum()
+        ):
+            best[n_dropped] = plan
+    return [best[n_dropped] for n_dropped in sorted(best)]
+
+
+def _by_loss(
+    runner: Runner, settings: CalibrationSettings, measured: Measured, budget: _Budget, progress: bool
+) -> list[int]:
+    """Descends from the best of the other metrics' plans; each step is measured on the final logits."""
+    starts = _by_output(settings, measured, budget)
+    if not settings.drop_attention:
+        starts.append(by_divergence(measured.js_divergence, budget.n_lazy()))
+    start, least = starts[0], math.inf
+    for plan in starts:
+        if (kl := runner.kl(plan, measured, least)) < least:
+            start, least = plan, kl
+    # one round of steps; further rounds follow only after an improvement
+    n_steps = sum(1 for _ in neighbours(start, settings.drop_attention))
+    with tqdm(total=1 + n_steps, desc="trying plans", unit="plan", disable=not progress) as bar:
 
         def loss(leaders: Sequence[int], to_beat: float) -> float:
             value = runner.kl(leaders, measured, to_beat)
@@ -306,4 +369,7 @@ def _by_loss(runner: Runner, measured: Measured, js: list[int], output: list[int
             bar.update()
             return value
 
-        return by_descent(start, loss)[0]
+        def allowed(leaders: Sequence[int]) -> bool:
+            return budget.met(len(lazy_of(leaders)), len(dropped_of(leaders)))
+
+        return by_descent(start, loss, allowed, settings.drop_attention)[0]

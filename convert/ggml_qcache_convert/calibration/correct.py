@@ -5,7 +5,7 @@ corrected. One Lazy Block is computed at a time, on the residual streams that en
 prefills of the samples, whatever the depth of the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
+from ..lazy_layers import lazy_of
 from .attention import shared_scores, softmax
 from .runner import Runner
 from .samples import Sample
@@ -207,7 +208,7 @@ class _Corrector:
         info = llm.native_model.info
         self.model, self.n_head, self.n_head_kv, self.head_dim = llm.native_model, info.n_head, info.n_head_kv, info.head_dim
         self.leaders, self.samples, self.mode = list(leaders), samples, mode
-        self.file = Weights(llm.model_path)
+        self.file = Weights.of(llm.native_model)
         self.streams = Streams(Runner(llm, mode, n_threads), samples)
         self.weights: dict[str, Array] = {}
         self.vis_bias = np.zeros((info.n_layer, info.n_head), dtype=np.float32)
@@ -243,7 +244,7 @@ class _Corrector:
     def measure_block(self, first: int, last: int, with_scores: bool) -> None:
         """The untouched block: where the residual stream ought to go, and what attention its lazy layers had."""
         self.targets, self.scores, self.values = {}, {}, {}
-        lazy = [layer for layer in range(first, last + 1) if self.leaders[layer] != layer]
+        lazy = [layer for layer in lazy_of(self.leaders) if first <= layer <= last]
         out = []
         with self.streams.context(first, last) as context:
             for i, sample in enumerate(self.samples):
@@ -272,10 +273,11 @@ class _Corrector:
                 out.append(self.streams.captured(context, "hidden", last, len(sample.tokens)))
         self.lazy = out
 
-    def residuals(self, layer: int) -> Ridge:
-        """What the lazy layer's attention leaves undone."""
+    def residuals(self, layer: int, fits: bool) -> tuple[float, Ridge | None]:
+        """What the lazy layer's attention leaves undone: the mean squared error, and with ``fits`` the sums that a refit needs."""
         w_o = self.weight(layer, "attn_output.weight")
-        ridge = Ridge(w_o.shape[1], w_o.shape[0])
+        ridge = Ridge(w_o.shape[1], w_o.shape[0]) if fits else None
+        power, n_rows = 0.0, 0
         with self.streams.context(self.leaders[layer], layer, self.leaders, self.vis_bias) as context:
             for i, sample in enumerate(self.samples):
                 self.streams.run(context, sample, None if self.lazy is None else self.lazy[i], None, "attn", "hidden")
@@ -285,8 +287,12 @@ class _Corrector:
                 target = self.targets[layer][i]
                 # the next norm divides by the row's size: relative errors count
                 weights = 1 / np.maximum(np.sum(target.astype(np.float64) ** 2, -1), np.finfo(np.float32).tiny)
-                ridge.add(attn, target - before - attn @ w_o.T - self.output_bias(layer), weights)
-        return ridge
+                left = target - before - attn @ w_o.T - self.output_bias(layer)
+                power += float(np.sum(left**2 * weights[:, None]))
+                n_rows += len(left)
+                if ridge is not None:
+                    ridge.add(attn, left, weights)
+        return power / n_rows, ridge
 
     def align(self, layer: int) -> None:
         """Moves each head to the place where the leader's attention serves it best."""
@@ -376,13 +382,14 @@ def correct(
         raise ValueError(f"a refit needs 4 samples or more, one in four to check it on, got {len(samples)}")
     corrector = _Corrector(llm, leaders, samples, mode, n_threads)
     errors: list[LayerError] = []
-    starts = [layer for layer, leader in enumerate(leaders) if leader == layer]
-    n_lazy = len(leaders) - len(starts)
+    lazy = lazy_of(leaders)
+    # a block begins with a full layer, but the first one with layer 0 even where that is dropped
+    starts = sorted({0} | {layer for layer, leader in enumerate(leaders) if leader == layer})
     try:
-        with tqdm(total=n_lazy, desc="correcting", unit="layer", disable=not progress) as bar:
+        with tqdm(total=len(lazy), desc="correcting", unit="layer", disable=not progress) as bar:
             for first, end in zip(starts, [*starts[1:], len(leaders)]):
                 corrector.measure_block(first, end - 1, with_scores=align_heads or vis_bias)
-                for layer in range(first + 1, end):
+                for layer in (layer for layer in lazy if first < layer < end):
                     errors.append(_correct_layer(corrector, layer, align_heads, vis_bias, refit))
                     bar.update()
                 corrector.pass_block(first, end - 1)
@@ -393,16 +400,14 @@ def correct(
 
 def _correct_layer(corrector: _Corrector, layer: int, align_heads: bool, vis_bias: bool, refit: bool) -> LayerError:
     """Makes the corrections asked for; the error is measured after each."""
-    ridge = corrector.residuals(layer)
-    found: dict[str, float] = {"shared": ridge.error()}
-    steps: list[tuple[str, bool, Callable[[], None]]] = [
-        ("aligned", align_heads, lambda: corrector.align(layer)),
-        ("biased", vis_bias, lambda: corrector.bias(layer)),
-        ("refitted", refit, lambda: corrector.refit(layer, ridge)),
-    ]
-    for name, wanted, step in steps:
-        if wanted:
-            step()
-            ridge = corrector.residuals(layer)
-            found[name] = ridge.error()
+    steps = [("aligned", corrector.align)] if align_heads else []
+    steps += [("biased", corrector.bias)] if vis_bias else []
+    found: dict[str, float] = {}
+    found["shared"], ridge = corrector.residuals(layer, refit and not steps)
+    for i, (name, step) in enumerate(steps):
+        step(layer)
+        found[name], ridge = corrector.residuals(layer, refit and i == len(steps) - 1)
+    if ridge is not None:
+        corrector.refit(layer, ridge)
+        found["refitted"], _ = corrector.residuals(layer, False)
     return LayerError(layer, **found)

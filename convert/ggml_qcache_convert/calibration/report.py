@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ConversionError
+from ..lazy_layers import NO_ATTENTION, dropped_of, lazy_of
 from ..writer import AtomicFiles
 
 if TYPE_CHECKING:
@@ -85,41 +86,44 @@ def _draw_pairs(axes: Axes, chosen: Calibration) -> None:
 
 
 def _draw_errors(axes: Axes, chosen: Calibration) -> None:
-    lazy = [layer for layer, leader in enumerate(chosen.leaders) if leader != layer]
-    alone = [chosen.measured.output_error[chosen.leaders[layer], layer] for layer in lazy]
-    bars: dict[str, list[float]] = {"alone": alone}
+    dropped = set(dropped_of(chosen.leaders))
+    shown = sorted({*lazy_of(chosen.leaders), *dropped})
+    alone = chosen.measured.errors_of(chosen.leaders)
+    bars: dict[str, dict[int, float]] = {"alone": {layer: alone[layer] for layer in shown}}
     if chosen.corrections is not None:
         for step in STEPS:
-            values = [getattr(error, step) for error in chosen.corrections.errors]
-            if all(value is not None for value in values):
+            values = {error.layer: getattr(error, step) for error in chosen.corrections.errors}
+            if all(value is not None for value in values.values()):
                 bars["together, " + step if step == "shared" else step] = values
     width = 0.8 / len(bars)
     for i, (label, values) in enumerate(bars.items()):
-        axes.bar(np.arange(len(lazy)) + (i + 0.5) * width - 0.4, np.maximum(values, 1e-12), width, label=label)
-    axes.set_xticks(range(len(lazy)), [str(layer) for layer in lazy])
-    axes.set(title="error of the residual stream after a lazy layer's attention\n(relative, squared)", xlabel="lazy layer", yscale="log")
+        at = np.array([shown.index(layer) for layer in values])
+        axes.bar(at + (i + 0.5) * width - 0.4, np.maximum(list(values.values()), 1e-12), width, label=label)
+    axes.set_xticks(range(len(shown)), [f"{layer}\ndropped" if layer in dropped else str(layer) for layer in shown])
+    axes.set(title="error of the residual stream after a layer's attention\n(relative, squared)", xlabel="lazy or dropped layer", yscale="log")
     axes.legend(fontsize="small")
 
 
 def _draw_kv(axes: Axes, chosen: Calibration) -> None:
     full, kept = 100.0, 100 * (1 - chosen.kv_saved)
-    axes.bar(["every layer\nfull", "lazy"], [full, kept], color=["tab:gray", "tab:cyan"])
+    axes.bar(["every layer\nfull", "as chosen"], [full, kept], color=["tab:gray", "tab:cyan"])
     axes.bar_label(axes.containers[0], fmt="%.1f %%")
     axes.set(title="KV bytes of the samples", ylabel="% of a full cache", ylim=(0, 110))
 
 
 def lazy_blocks(leaders: list[int]) -> list[tuple[int, int]]:
-    """Lazy Blocks of more than their leader, as first layer and layer after the last."""
-    starts = [*[layer for layer, leader in enumerate(leaders) if leader == layer], len(leaders)]
-    return [(first, end) for first, end in zip(starts, starts[1:]) if end - first > 1]
+    """Lazy Blocks of more than their leader, as first layer and layer after the last lazy one."""
+    last = {leader: layer for layer, leader in enumerate(leaders) if leader != NO_ATTENTION}
+    return [(first, layer + 1) for first, layer in last.items() if layer > first]
 
 
 def facts(chosen: Calibration) -> dict[str, str]:
     """What was run and what came of it."""
     settings, measured = chosen.settings, chosen.measured
-    lazy = sum(leader != layer for layer, leader in enumerate(chosen.leaders))
+    dropped = dropped_of(chosen.leaders)
     result = {
-        "lazy layers": f"{lazy} of {len(chosen.leaders)} layers lazy, {settings.mode} mode",
+        "lazy layers": f"{len(lazy_of(chosen.leaders))} of {len(chosen.leaders)} layers lazy, {settings.mode} mode"
+        + (f", {len(dropped)} without attention" if dropped else ""),
         "chosen by": "given" if settings.layers is not None else settings.metric,
         "samples": f"{len(measured.samples)}, {measured.n_tokens} tokens, {measured.visual_share:.0%} visual",
         "KV bytes saved": f"{chosen.kv_saved:.1%}",
@@ -134,7 +138,7 @@ def facts(chosen: Calibration) -> dict[str, str]:
 def _page(chosen: Calibration, name: str, picture: bytes) -> str:
     title = html.escape(f"Lazy layers of {name}")
     rows = "".join(f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in facts(chosen).items())
-    headings = ("layer", "leader", "JS divergence from the layer before", "error alone", *STEPS)
+    headings = ("layer", "leader", "JS divergence from the layer before", "error if dropped", "error alone", *STEPS)
     head = "".join(f"<th>{heading}</th>" for heading in headings)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in _layer_rows(chosen))
     style = (
@@ -146,7 +150,7 @@ def _page(chosen: Calibration, name: str, picture: bytes) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style><h1>{title}</h1>'
         f'<table>{rows}</table><img alt="divergence by pair of layers, error by layer, KV bytes" src="data:image/png;base64,{image}">'
         f"<table><tr>{head}</tr>{body}</table><p>Errors are relative and squared, of the residual stream after the layer's attention. "
-        "Alone: in the untouched model, at rows of text and some visual ones. Shared and later: over all rows, with all lazy layers "
+        "If dropped, and alone: in the untouched model, at rows of text and some visual ones. Shared and later: over all rows, with all lazy layers "
         "before it, and after each correction.</p></html>\n"
     )
 
@@ -158,9 +162,11 @@ def _layer_rows(chosen: Calibration) -> list[list[Any]]:
         return "" if value is None else f"{value:.2e}"
 
     rows = []
+    measured = chosen.measured
+    alone = measured.errors_of(chosen.leaders)
     for layer, leader in enumerate(chosen.leaders):
-        lazy = leader != layer
-        alone = shown(chosen.measured.output_error[leader, layer]) if lazy else ""
+        full = leader == layer
         steps = [shown(getattr(errors[layer], step)) for step in STEPS] if layer in errors else [""] * len(STEPS)
-        rows.append([layer, leader if lazy else "", f"{chosen.measured.js_divergence[layer]:.4f}", alone, *steps])
+        of = "" if full else "no attention" if leader == NO_ATTENTION else leader
+        rows.append([layer, of, f"{measured.js_divergence[layer]:.4f}", shown(measured.drop_error[layer]), "" if full else shown(alone[layer]), *steps])
     return rows

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from .attention import kl_divergence, log_softmax
 from .samples import Sample
+from .weights import Weights
 
 if TYPE_CHECKING:
     from ggml_qcache import Llama
@@ -25,6 +26,7 @@ class Runner:
 
         self._context_class = Context
         self._model = llm.native_model
+        self.weights = Weights.of(llm.native_model)
         self._mode = mode
         self._n_threads = n_threads
         self.n_layer: int = self._model.info.n_layer
@@ -41,6 +43,11 @@ class Runner:
         context.clear()
         wanted = np.isin(np.arange(len(sample.tokens)), rows)
         context.decode(sample.tokens, sample.embeddings, modality=sample.visual, logits=wanted)
+
+    def inputs(self, sample: Sample) -> npt.NDArray[np.float32]:
+        """The rows that are looked at as they enter layer 0, ``[n rows, n_embd]``."""
+        tokens, embeddings = sample.tokens[sample.rows], sample.embeddings[sample.rows]
+        return np.where(tokens[:, None] < 0, embeddings, self.weights.rows("token_embd.weight", np.maximum(tokens, 0)))
 
     def answer_log_probs(self, context: Any, sample: Sample) -> npt.NDArray[np.float32]:
         """Log-probabilities ``[n answer rows, n_vocab]`` of a sample that was just decoded."""
@@ -64,8 +71,8 @@ class Runner:
                     break
         return total / n_rows
 
-    def kv_saved(self, leaders: Sequence[int], samples: Sequence[Sample]) -> float:
-        """Share of KV bytes that a plan saves on samples, counted in the blocks that each of them fills."""
+    def kv_bytes(self, leaders: Sequence[int], samples: Sequence[Sample]) -> tuple[int, int]:
+        """KV bytes that a plan saves on samples, and those of a full cache, counted in the blocks that each of them fills."""
         with self.context(leaders) as context:
             usage = context.kv_usage()
         n_block = usage["n_block_tokens"]
@@ -75,7 +82,12 @@ class Runner:
                 n_blocks = -(-(last - first) // n_block)
                 kept += n_blocks * usage["bytes_block_visual" if sample.visual[first] else "bytes_block_text"]
                 full += n_blocks * usage["bytes_block_full"]
-        return 1 - kept / full
+        return full - kept, full
+
+    def kv_saved(self, leaders: Sequence[int], samples: Sequence[Sample]) -> float:
+        """Share of KV bytes that a plan saves on samples."""
+        saved, full = self.kv_bytes(leaders, samples)
+        return saved / full
 
 
 def _runs(visual: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:

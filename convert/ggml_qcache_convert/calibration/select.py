@@ -1,12 +1,13 @@
-"""Which layers become lazy: the paper's rule, and dynamic programming over Lazy Blocks. Pure functions of measured tables."""
+"""Which layers become lazy or lose their attention: the paper's rule, and dynamic programming. Pure functions of measured tables."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from ..lazy_layers import leaders_of
+from ..lazy_layers import dropped_of, lazy_of, leaders_of
 
+GAIN = 0.01  # share by which a step must lower the loss: smaller gains are chance, and there is no end of them
 Array = npt.NDArray[np.float64]
 
 
@@ -33,68 +34,113 @@ def by_divergence(divergence: Sequence[float], n_lazy: int) -> list[int]:
     return leaders_of(order[:n_lazy], len(divergence))
 
 
-def by_cost(cost: Array, n_lazy: int) -> list[int]:
-    """Lazy Blocks with the least summed cost, at least ``n_lazy`` lazy layers among them.
+def by_cost(cost: Array, drop_cost: Array | None = None) -> dict[tuple[int, int], list[int]]:
+    """Plans with the least summed cost, one for every number of lazy and of dropped layers.
 
-    Dynamic programming over the first layer of each block: O(n_layer^3).
+    Dynamic programming from the first layer to the last, over the leader in force: O(n_layer^3), with dropped layers O(n_layer^4).
 
     Args:
         cost: ``[n_layer, n_layer]``, not negative; ``cost[j, l]`` is what layer l costs when it is lazy with leader j < l.
-        n_lazy: Least number of lazy layers, at most ``n_layer - 1``.
+        drop_cost: ``[n_layer]``, what a layer costs without attention; None: every layer keeps its own.
 
     Returns:
-        ``[n_layer]`` leaders; of plans that cost the same, the one with the fewest lazy layers.
+        ``[n_layer]`` leaders, by number of lazy and number of dropped layers; numbers that no plan has are missing.
     """
     n_layer = len(cost)
-    block_cost = np.cumsum(np.triu(cost, 1), axis=1)  # [j, last]: a block of layers j to last
-    # best[end, n]: layers 0 to end - 1 in blocks, n of them lazy; start[end, n]: where the last of the blocks begins
-    best = np.full((n_layer + 1, n_layer), np.inf)
-    start = np.zeros((n_layer + 1, n_layer), dtype=int)
-    best[0, 0] = 0.0
-    for end in range(1, n_layer + 1):
-        for first in range(end):
-            lazy = end - first - 1
-            total = best[first, : n_layer - lazy] + block_cost[first, end - 1]
-            better = total < best[end, lazy:]
-            best[end, lazy:][better] = total[better]
-            start[end, lazy:][better] = first
-    n = n_lazy + int(np.argmin(best[n_layer, n_lazy:]))
-    leaders: list[int] = []
-    end = n_layer
-    while end > 0:
-        first = int(start[end, n])
-        leaders[:0] = [first] * (end - first)
-        n -= end - first - 1
-        end = first
-    return leaders
+    n_drop = 0 if drop_cost is None else n_layer
+    drops = np.zeros(n_layer) if drop_cost is None else drop_cost
+    # best[j, n, m]: layers up to the current one, leader j in force (the last row: none yet), n of them lazy and m dropped
+    best = np.full((n_layer + 1, n_layer + 1, n_drop + 1), np.inf)
+    best[-1, 0, 0] = 0.0
+    # by layer: whether layers behind leader j are lazy or dropped, and where the leader before the layer comes from if it is full
+    was_dropped: list[npt.NDArray[np.bool_]] = []
+    came_from: list[npt.NDArray[np.int32]] = []
+    for layer in range(n_layer):
+        lazy = np.full_like(best, np.inf)
+        lazy[:layer, 1:] = best[:layer, :-1] + cost[:layer, layer, None, None]
+        dropped = np.full_like(best, np.inf)
+        dropped[..., 1:] = best[..., :-1] + drops[layer]
+        was_dropped.append(dropped < lazy)
+        came_from.append(best.argmin(0).astype(np.int32))
+        full = best.min(0)
+        best = np.minimum(lazy, dropped)
+        best[layer] = full
+    return {
+        (int(n), int(m)): _traced(int(best[:, n, m].argmin()), int(n), int(m), was_dropped, came_from)
+        for n, m in np.argwhere(np.isfinite(best.min(0)))
+    }
 
 
-def by_descent(start: Sequence[int], loss: Callable[[Sequence[int], float], float]) -> tuple[list[int], float]:
-    """Improves a plan by swapping a lazy layer with a full one as long as that lowers the loss; layer 0 stays full.
+def _traced(
+    leader: int, n: int, m: int, was_dropped: list[npt.NDArray[np.bool_]], came_from: list[npt.NDArray[np.int32]]
+) -> list[int]:
+    """Walks back through the choices of ``by_cost`` from the leader in force at the end."""
+    n_layer = len(was_dropped)
+    lazy: list[int] = []
+    dropped: list[int] = []
+    for layer in reversed(range(n_layer)):
+        if leader == layer:
+            leader = int(came_from[layer][n, m])
+        elif was_dropped[layer][leader, n, m]:
+            dropped.append(layer)
+            m -= 1
+        else:
+            lazy.append(layer)
+            n -= 1
+    return leaders_of(lazy, n_layer, dropped)
+
+
+def by_descent(
+    start: Sequence[int],
+    loss: Callable[[Sequence[int], float], float],
+    allowed: Callable[[Sequence[int]], bool] = lambda _: True,
+    drops: bool = False,
+) -> tuple[list[int], float]:
+    """Improves a plan by the steps of ``neighbours`` as long as one lowers the loss by a percent or more.
 
     Args:
         start: ``[n_layer]`` leaders to start from.
         loss: The loss of leaders, given the loss to beat; it may stop and return anything that isn't lower.
+        allowed: Whether leaders save enough; swaps alone always save the same.
+        drops: Whether layers may lose their attention.
 
     Returns:
-        ``[n_layer]`` leaders with as many lazy layers, and their loss.
+        ``[n_layer]`` leaders that are allowed, and their loss.
     """
-    n_layer = len(start)
     best, best_loss = list(start), loss(start, np.inf)
     seen = {tuple(best)}
     improved = True
     while improved:
         improved = False
-        for full in range(1, n_layer):
-            for lazy in range(1, n_layer):
-                if best[full] != full or best[lazy] == lazy:
-                    continue
-                layers = {layer for layer in range(n_layer) if best[layer] != layer} - {lazy} | {full}
-                tried = leaders_of(layers, n_layer)
-                if tuple(tried) in seen:
-                    continue
-                seen.add(tuple(tried))
-                tried_loss = loss(tried, best_loss)
-                if tried_loss < best_loss:
-                    best, best_loss, improved = tried, tried_loss, True
+        for tried in neighbours(best, drops):
+            if tuple(tried) in seen or not allowed(tried):
+                continue
+            seen.add(tuple(tried))
+            to_beat = (1 - GAIN) * best_loss
+            tried_loss = loss(tried, to_beat)
+            if tried_loss < to_beat:
+                best, best_loss, improved = tried, tried_loss, True
+                break
     return best, best_loss
+
+
+def neighbours(leaders: Sequence[int], drops: bool) -> Iterator[list[int]]:
+    """Plans one step away: two layers swap what they are - full, lazy or dropped - or, with ``drops``, a layer that isn't full
+    becomes something else. No full layer changes alone: that would only save what nobody asked for.
+    """
+    n_layer = len(leaders)
+    kinds = ["full"] * n_layer
+    for layer in lazy_of(leaders):
+        kinds[layer] = "lazy"
+    for layer in dropped_of(leaders):
+        kinds[layer] = "dropped"
+    changed = [{a: kinds[b], b: kinds[a]} for a in range(n_layer) for b in range(a + 1, n_layer) if kinds[a] != kinds[b]]
+    if drops:
+        changed += [{a: kind} for a in range(n_layer) for kind in ("full", "lazy", "dropped") if kinds[a] not in ("full", kind)]
+    for change in changed:
+        tried = [change.get(layer, kind) for layer, kind in enumerate(kinds)]
+        if next((kind for kind in tried if kind != "dropped"), "full") == "full":  # else a lazy layer has no leader
+            yield leaders_of(
+                [layer for layer, kind in enumerate(tried) if kind == "lazy"], n_layer,
+                [layer for layer, kind in enumerate(tried) if kind == "dropped"],
+            )  # fmt: skip

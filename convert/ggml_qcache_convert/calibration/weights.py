@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,15 @@ Array = npt.NDArray[np.float32]
 class Weights:
     """Weights by GGUF name, as f32; the file stays mapped."""
 
+    _of_models: "WeakKeyDictionary[Model, Weights]" = WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, model: "Model") -> "Weights":
+        """Those of a loaded model's file, which is opened once a model: a large vocabulary takes its time."""
+        if model not in cls._of_models:
+            cls._of_models[model] = cls(model.path)
+        return cls._of_models[model]
+
     def __init__(self, path: str | Path) -> None:
         self._tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
 
@@ -31,6 +41,11 @@ class Weights:
         """A weight in numpy's order of dimensions."""
         tensor = self._tensors[name]
         return np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+
+    def rows(self, name: str, indices: npt.NDArray[np.integer]) -> Array:
+        """Some rows of a matrix, ``[len(indices), n]``."""
+        tensor = self._tensors[name]
+        return np.asarray(dequantize(tensor.data[indices], tensor.tensor_type), dtype=np.float32)
 
     def rounded(self, name: str, values: Array) -> Array:
         """Values as they would be read back from a weight of this type."""
