@@ -172,14 +172,18 @@ def plan_conversion(
     params = read_hparams(source.config_path, source.config)
     warnings = list(params.warnings)
     n_layer = params.text.n_layer
-    leaders = leaders_of(lazy_layers, n_layer)
     checkpoint = Checkpoint(directory)
     tensors = merge_adapters({**source.tower, **canonical_tensors(checkpoint.tensors)}, adapters)
     inputs = {path.resolve() for entry in tensors.values() for path in entry.paths}
     if overwritten := [target for target in targets if target.resolve() in inputs]:
         raise ValueError(f"{overwritten[0]}: is part of the checkpoint itself")
     # before anything is sized by the configuration's numbers: the weights bear them out
-    text_plan, vision_plan = _plans(TensorPicker(tensors), params, outtype, left_out(leaders, lazy_mode, keep_qk))
+    picker = TensorPicker(tensors)
+    norms = (f"text.layers.{layer}.input_layernorm.weight" for layer in range(n_layer))
+    if missing := next((name for name in norms if name not in tensors), None):
+        picker.take(missing, (params.text.n_embd,))  # raises
+    leaders = leaders_of(lazy_layers, n_layer)
+    text_plan, vision_plan = _plans(picker, params, outtype, left_out(leaders, lazy_mode, keep_qk))
     importance = None if imatrix is None else checked_imatrix(imatrix, outtype)
     if importance is not None:
         text_plan = with_importance(text_plan, importance)
