@@ -28,7 +28,12 @@ from make_model import PRESETS, shrunk
 from tqdm import tqdm
 
 LLAVA_1_5 = ("llava-1.5-7b", "llava-1.5-13b")
-_STORED = {"text.": "language_model.model.", "lm_head.": "language_model.lm_head.", "vision.": "vision_tower.vision_model.", "projector.": "multi_modal_projector."}
+_STORED = {
+    "text.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "vision.": "vision_tower.vision_model.",
+    "projector.": "multi_modal_projector.",
+}
 _CHUNK = 1 << 22  # values drawn at a time
 
 
@@ -63,7 +68,14 @@ class _Recorder(TensorPicker):
 
 
 def make_checkpoint(
-    out: Path, preset: str = LLAVA_1_5[0], *, n_layer: int | None = None, shard_bytes: int = 5 * 10**9, seed: int = 1, shrink: int = 1, progress: bool = False
+    out: Path,
+    preset: str = LLAVA_1_5[0],
+    *,
+    n_layer: int | None = None,
+    shard_bytes: int = 5 * 10**9,
+    seed: int = 1,
+    shrink: int = 1,
+    progress: bool = False,
 ) -> int:
     """Writes a checkpoint. Its files appear together when all are complete.
 
@@ -160,14 +172,16 @@ def _processor(side: int) -> dict[str, Any]:
 def _tokenizer() -> dict[str, Any]:
     """Special tokens, bytes and ASCII characters, no merges; the ids from there to the end of the vocabulary are unused."""
     pieces = ["<unk>", "<s>", "</s>", "<image>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *map(chr, range(33, 127))]
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    vocab = {piece: index for index, piece in enumerate(pieces)}
     return {
         "version": "1.0",
         "added_tokens": [{"id": index, "content": pieces[index], "special": True} for index in range(4)],
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]},
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, spaces]},
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": None,
-        "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": {piece: index for index, piece in enumerate(pieces)}, "merges": []},
+        "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": vocab, "merges": []},
     }
 
 
