@@ -183,6 +183,7 @@ def test_files_of_llama_cpp_s_converter(tmp_path_factory: pytest.TempPathFactory
     [
         ({"qcache.vision.layout": (GGUFValueType.STRING, "spiral")}, {}, UnsupportedError, "layout 'spiral'"),
         ({PINPOINTS: (GGUFValueType.ARRAY, np.array([56, 57], np.int32))}, {}, ModelError, rf"{PINPOINTS}.*\[56, 57\]"),
+        ({PINPOINTS: (GGUFValueType.ARRAY, np.array([60 * 56, 60 * 56 * 100], np.int32))}, {}, ModelError, f"{PINPOINTS}.*256 tiles"),
         ({PINPOINTS: None}, {}, ModelError, f"{PINPOINTS}.*None"),
         ({}, {"v.image_newline": None}, ModelError, "no tensor 'v.image_newline'"),
         ({}, {"v.image_newline": np.zeros(3, np.float32)}, ModelError, "3 values in 'v.image_newline', expected 64"),

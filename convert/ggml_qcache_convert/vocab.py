@@ -8,6 +8,9 @@ llama.cpp follows Hugging Face's tokenizers except in these points, which none o
 - an added token's `lstrip`, `rstrip` and `single_word` are ignored, and with sentencepiece also `normalized`, by which
   Hugging Face finds the token only after a space.
 The runtime makes up for the first two by keys of ours (docs/gguf.md); the third gives a warning.
+
+A tokenizer.json is followed to the letter. transformers 4 did so too; 5 puts a LlamaTokenizer's leading spaces by `legacy` in
+tokenizer_config.json whatever the file says, so that a checkpoint older than it may be tokenized otherwise there.
 """
 
 from collections.abc import Mapping, Sequence

@@ -12,6 +12,7 @@ from .gguf_file import read_gguf, value
 # llama.cpp's older converter wrote the second
 _NEWLINE = ("v.image_newline", "model.image_newline")
 _LAYOUTS = ("llava_next", "llava_onevision")
+_MAX_TILES = 256  # as the converter's: a damaged file must not ask for memory without end
 
 
 def mmproj_width(path: str) -> int:
@@ -110,8 +111,11 @@ def read_anyres(path: str, width: int) -> Anyres | None:
         or not sides
         or len(sides) % 2
         or not all(isinstance(side, int) and side > 0 and side % tile_size == 0 for side in sides)
+        or max(width * height for width, height in zip(sides[::2], sides[1::2])) > _MAX_TILES * tile_size**2
     ):
-        raise ModelError(f"the mmproj {path!r}: the key {key!r} holds no widths and heights in tiles of {tile_size} pixels ({sides!r})")
+        raise ModelError(
+            f"the mmproj {path!r}: the key {key!r} holds no widths and heights of up to {_MAX_TILES} tiles of {tile_size} pixels ({sides!r})"
+        )
     newline = next((tensor for tensor in reader.tensors if tensor.name in _NEWLINE), None)
     if newline is None or newline.n_elements != width:
         found = "no tensor" if newline is None else f"{newline.n_elements} values in"
@@ -120,12 +124,13 @@ def read_anyres(path: str, width: int) -> Anyres | None:
     if layout == "llava_onevision":
         max_tiles = value(reader, "qcache.vision.max_tiles")
         mean = value(reader, "clip.vision.image_mean")
-        if not isinstance(max_tiles, int) or max_tiles < 1 or not isinstance(mean, list) or len(mean) != 3:
+        known_mean = isinstance(mean, list) and len(mean) == 3 and all(0 <= channel <= 1 for channel in mean)
+        if not isinstance(max_tiles, int) or max_tiles < 1 or not known_mean:
             raise ModelError(
                 f"the mmproj {path!r}: the keys 'qcache.vision.max_tiles' ({max_tiles!r}) and 'clip.vision.image_mean' ({mean!r}) "
-                "must be a positive number and three numbers"
+                "must be a positive number and three from 0 to 1"
             )
-        pad_color = tuple(min(max(int(channel * 255), 0), 255) for channel in mean)
+        pad_color = tuple(int(channel * 255) for channel in mean)
     return Anyres(
         tile_size,
         tile_size // value(reader, "clip.vision.patch_size"),
