@@ -108,7 +108,7 @@ def test_quality_benchmark(tmp_path):
     assert rows["attention dropped"]["kv_saved"] == 7 / 16  # the second budget's: 6.4 layers
     assert rows["attention dropped"]["mode"] == "off" and rows["attention dropped"]["leaders"].count(-1) == 7
     for method in mixed:
-        assert 0.35 < rows[method]["kv_saved"] < 0.5 and rows[method]["kl"] < rows["js"]["kl"]
+        assert 0.35 < rows[method]["kv_saved"] < 0.5 and 0 < rows[method]["kl"] < rows["random"]["kl"]
         assert rows[method]["dropped_layers"] == dropped_of(rows[method]["leaders"]) != []
     for method in ("js", "output", "random", "pruned", "scaled", "output + pruned", *corrected):
         assert 0.12 < rows[method]["kv_saved"] < 0.35, method
