@@ -192,7 +192,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _tensors(params: LlavaParams) -> list[Stored]:
     """Everything the converter asks a checkpoint of this configuration for."""
     recorder = _Recorder()
-    text_tensors(params.text, recorder, OUTTYPES["f16"], ())
+    text_tensors(params.text, recorder, OUTTYPES["f16"], {})
     vision_tensors(params.vision, params.text.n_embd, recorder, OUTTYPES["f16"].matrix)
     recorder.take("vision.post_layernorm.weight", (params.vision.n_embd,))
     recorder.take("vision.post_layernorm.bias", (params.vision.n_embd,))

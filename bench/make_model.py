@@ -122,7 +122,7 @@ def make_model(
         raise ValueError(f"a model has at least one layer, got {params.n_layer}")
     kind = TYPES[weight_type]
     output = GGMLQuantizationType.Q8_0 if kind.qtype == GGMLQuantizationType.Q4_0 else None
-    plan = text_tensors(params, _NamesOnly(params.tied), OutType(kind.qtype, kind.file_type, output), without_qk=())
+    plan = text_tensors(params, _NamesOnly(params.tied), OutType(kind.qtype, kind.file_type, output), left_out={})
     rng = np.random.Generator(np.random.SFC64(seed))
 
     writer = GGUFWriter(None, params.arch)

@@ -84,7 +84,10 @@ def test_types_and_lazy_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str
     make_lazy(plain(), tmp_path / "b.gguf", "2-3", "visual", outtype="q8_0")
     assert main(["diff", str(plain()), str(tmp_path / "b.gguf"), "--json"]) == 1
     facts = json.loads(capsys.readouterr().out)
-    assert facts["lazy"] == {"a": {"mode": "off", "lazy_layers": []}, "b": {"mode": "visual", "lazy_layers": [2, 3]}}
+    assert facts["lazy"] == {
+        "a": {"mode": "off", "lazy_layers": [], "dropped_layers": []},
+        "b": {"mode": "visual", "lazy_layers": [2, 3], "dropped_layers": []},
+    }
     assert set(facts["metadata"]) == {"qcache.version", "qcache.lazy.mode", "qcache.lazy.leader", "general.file_type"}
     assert set(facts["tensors"]) == {one.name for one in GGUFReader(plain()).tensors if len(one.shape) == 2}
     one = facts["tensors"][V]

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderTensor
 from gguf.quants import dequantize
+from ggml_qcache_convert.lazy_layers import dropped_of, lazy_of
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -98,11 +99,11 @@ def _type(types: list[GGUFValueType]) -> str:
 
 
 def _lazy(reader: GGUFReader) -> dict[str, Any]:
-    """Mode and lazy layers."""
+    """Mode, lazy layers and layers without attention."""
     leader = value(reader, "qcache.lazy.leader")
     leader = leader if isinstance(leader, list) else []
-    lazy = [layer for layer, of in enumerate(leader) if of != layer]
-    return {"mode": value(reader, "qcache.lazy.mode", "off"), "lazy_layers": lazy}
+    mode = value(reader, "qcache.lazy.mode", "off")
+    return {"mode": mode, "lazy_layers": lazy_of(leader), "dropped_layers": dropped_of(leader)}
 
 
 def _tensors(first: GGUFReader, second: GGUFReader, advance: Callable[[int], object]) -> dict[str, dict[str, Any]]:
@@ -174,5 +175,6 @@ def draw(facts: dict[str, Any], console: Console) -> None:
     if facts["lazy"]:
         for side in "ab":
             one = facts["lazy"][side]
-            layers = ", ".join(map(str, one["lazy_layers"])) or "none"
-            console.print(f"Lazy Blocks of {side}: {one['mode']} mode, lazy layers {layers}", markup=False, highlight=False, soft_wrap=True)
+            lazy, dropped = (", ".join(map(str, one[f"{kind}_layers"])) or "none" for kind in ("lazy", "dropped"))
+            text = f"Lazy Blocks of {side}: {one['mode']} mode, lazy layers {lazy}, without attention {dropped}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
