@@ -21,6 +21,11 @@ PYTHON=${PYTHON:-python3}
 STEPS=("${@:-all}")
 mkdir -p "$OUT"
 export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# libggml-cuda.so finds the CUDA runtime and cuBLAS through this
+for folder in /usr/local/cuda-13.0/lib64 /usr/local/cuda/lib64; do
+    [ -d "$folder" ] && export LD_LIBRARY_PATH="$folder${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+done
+status=0
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 
 wanted() { [[ " ${STEPS[*]} " == *" $1 "* || " ${STEPS[*]} " == *" all "* ]]; }
@@ -34,6 +39,7 @@ if wanted build; then
         "$PYTHON" -m pip install --quiet --no-index --no-deps --upgrade --target "$SITE" "$DEVICE"/*.whl
     fi
     start=$SECONDS
+    export CUDAFLAGS="${CUDAFLAGS:---split-compile=0}" # dozens of kernels in a file
     "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --upgrade --target "$SITE" .
     echo "built in $((SECONDS - start)) s"
     "$PYTHON" -c "from llama_cpp import llama_cpp as c; assert c.llama_supports_gpu_offload(), 'this llama.cpp has no GPU'"
@@ -41,15 +47,16 @@ fi
 
 if wanted check; then
     # logits, sequences, states, partial offload and answers about images, against the CPU path
-    "$PYTHON" -m pytest -q tests/gpu_backend.py 2>&1 | tee "$OUT/gpu-check.log" | tail -n 3
+    NVIDIA_TF32_OVERRIDE=0 timeout 240 "$PYTHON" -m pytest -q --tb=short tests/gpu_backend.py 2>&1 | tee "$OUT/gpu-check.log" | tail -n 60 || status=1
     if command -v compute-sanitizer >/dev/null; then
-        compute-sanitizer --error-exitcode 7 --target-processes all "$PYTHON" -m pytest -q tests/gpu_backend.py \
+        timeout 180 compute-sanitizer --error-exitcode 7 --target-processes all "$PYTHON" -m pytest -q tests/gpu_backend.py \
             -k "test_logits and f16 and llama or test_sequences and llama" >"$OUT/gpu-sanitizer.log" 2>&1 &&
             echo "compute-sanitizer: no error" || echo "compute-sanitizer: see $OUT/gpu-sanitizer.log"
     fi
 fi
 
 if wanted time; then
+    shopt -s nullglob
     for preset in llava-1.5-7b llava-next-mistral-7b; do
         "$PYTHON" bench/bench_decode.py --gpu --preset "$preset" --layers "$LAYERS" --type q4_0 --contexts 2048 --seqs "$SEQS" \
             --prefill 2048 --steps 30 --json "$OUT/gpu-$preset.json" >"$OUT/gpu-$preset.log" 2>&1 || tail -n 5 "$OUT/gpu-$preset.log"
@@ -69,3 +76,4 @@ for name in sys.argv[1:]:
               f"{row['ratio_peer']:.2f}x peer {ratio}")
 PY
 fi
+exit "$status"

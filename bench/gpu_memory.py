@@ -13,7 +13,8 @@ class GpuError(RuntimeError):
 
 @functools.cache
 def _runtime() -> Any:
-    for name in ("libcudart.so", "libcudart.so.13", "libcudart.so.12"):
+    # by soname first: that is the copy ggml has loaded
+    for name in ("libcudart.so.13", "libcudart.so.12", "libcudart.so"):
         try:
             return ctypes.CDLL(name)
         except OSError:

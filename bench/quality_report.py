@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ def cells(result: dict[str, Any]) -> Iterator[list[str]]:
         ]  # fmt: skip
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """A panel for each lazy mode, a line for each method; methods without lazy layers are in both.
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """A panel for each lazy mode, a line for each method, of all results; methods without lazy layers are in both panels.
 
     The scale of the loss is logarithmic above one point, so that both what hardly loses and what loses all can be told apart.
     """
@@ -43,13 +43,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     # more methods than a colour cycle has; one colour in both panels
-    methods = list(dict.fromkeys(row["method"] for row in result["rows"]))
+    all_rows = [row for result in results for row in result["rows"]]
+    methods = list(dict.fromkeys(row["method"] for row in all_rows))
     colours = dict(zip(methods, [*colormaps["tab20"].colors[::2], *colormaps["tab20"].colors[1::2]]))
-    modes = sorted({row["mode"] for row in result["rows"]} - {"off"}) or ["off"]
+    modes = sorted({row["mode"] for row in all_rows} - {"off"}) or ["off"]
     figure = Figure(figsize=(5.0 * len(modes) + 2.0, 4.5), layout="constrained")
     panels = figure.subplots(1, len(modes), squeeze=False, sharey=True)[0]
     for axes, mode in zip(panels, modes):
-        rows = [row for row in result["rows"] if row["mode"] in (mode, "off")]
+        rows = [row for row in all_rows if row["mode"] in (mode, "off")]
         for method in dict.fromkeys(row["method"] for row in rows):
             points = sorted((100 * row["kv_saved"], row["mean_loss_points"]) for row in rows if row["method"] == method)
             lazy = any(row["lazy_layers"] for row in rows if row["method"] == method)

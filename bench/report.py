@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Show benchmark results as markdown and charts.")
     parser.add_argument("files", type=Path, nargs="*", metavar="JSON", help="results (default: bench/results/*.json)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the last result of bench_decode there")
-    parser.add_argument("--pareto", type=Path, metavar="FILE", help="draw the last result of bench_quality there")
+    parser.add_argument("--pareto", type=Path, metavar="FILE", help="draw the results of bench_quality there")
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the part between the markers of this file")
     args = parser.parse_args(argv)
     try:
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.png is not None and by_kind["decode"]:
             draw(by_kind["decode"][-1], args.png)
         if args.pareto is not None and by_kind["quality"]:
-            quality_report.draw(by_kind["quality"][-1], args.pareto)
+            quality_report.draw(by_kind["quality"], args.pareto)
         for kind, of_kind in by_kind.items():
             text = "\n\n".join(map(markdown, of_kind))
             if of_kind and args.write is None:

@@ -13,7 +13,9 @@
 
 #include <ggml-cpp.h>
 
+#include <cstdio>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -164,7 +166,9 @@ bool backend_copy_async(ggml_backend_t from, ggml_backend_t to, const ggml_tenso
 }
 
 void backend_synchronize(ggml_backend_t backend) {
-    of(backend).ops->synchronize();
+    if (!of(backend).ops->synchronize()) {
+        fprintf(stderr, "%s: %s\n", backend_name(backend), qcache_last_error()); // ggml's own check is about to end the process
+    }
     ggml_backend_synchronize(of(backend).wrapped.get());
 }
 
@@ -296,6 +300,8 @@ ggml_backend_reg_t registry() {
 } // namespace
 
 ggml_backend_dev_t qcache_backend_device(ggml_backend_dev_t wrapped) {
+    static std::mutex           mutex; // models may be loaded by several threads
+    std::lock_guard<std::mutex> lock(mutex);
     for (const auto & device : devices()) {
         if (of((ggml_backend_dev_t) device.get()).wrapped == wrapped) {
             return (ggml_backend_dev_t) device.get();

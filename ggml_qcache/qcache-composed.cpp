@@ -135,10 +135,13 @@ static bool gather(ggml_context * ctx, ggml_cgraph * graph, const qcache_attn_bl
                    int32_t n_block_tokens, ggml_tensor * dst, int64_t col) {
     // rows: [n_row, n_block_tokens, n_head_kv], in place
     ggml_tensor * rows = ggml_new_tensor_3d(ctx, (ggml_type) type, dst->ne[0], n_block_tokens, dst->ne[2]);
-    if (block.buffer == nullptr || ggml_backend_tensor_alloc(block.buffer, rows, block.data + offset) != GGML_STATUS_SUCCESS) {
-        qcache_fail(QCACHE_STATUS_INTERNAL, "composed attention: no tensor at offset %zu of the block at position %d", offset, block.first);
+    if (block.buffer == nullptr) {
+        qcache_fail(QCACHE_STATUS_INTERNAL, "composed attention: the block at position %d lies in no buffer", block.first);
         return false;
     }
+    // not ggml_backend_tensor_alloc: CUDA pads quantised tensors with zeros there, into what follows in the block
+    rows->buffer       = block.buffer;
+    rows->data         = block.data + offset;
     ggml_tensor * src  = ggml_view_3d(ctx, rows, rows->ne[0], n, rows->ne[2], rows->nb[1], rows->nb[2], 0);
     ggml_tensor * cols = ggml_view_3d(ctx, dst, dst->ne[0], n, dst->ne[2], dst->nb[1], dst->nb[2], col * dst->nb[1]);
     ggml_build_forward_expand(graph, ggml_cpy(ctx, src, cols));

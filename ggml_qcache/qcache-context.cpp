@@ -232,7 +232,7 @@ enum qcache_status prepare_scores(const qcache_context & ctx, qcache_stage & sta
     }
     if (!stage.scores || ggml_backend_buffer_get_size(stage.scores.get()) < n_bytes) {
         stage.scores.reset();
-        stage.scores.reset(ggml_backend_buft_alloc_buffer(stage.buft(), n_bytes));
+        stage.scores.reset(ggml_backend_buft_alloc_buffer(stage.buft(), n_bytes + n_bytes / 2)); // contexts grow token by token
         if (!stage.scores) {
             return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot allocate %zu bytes for the logits of leaders", n_bytes);
         }
@@ -340,13 +340,17 @@ enum qcache_status compute_stage(qcache_context & ctx, size_t i_stage, const chu
     }
     // rows were reordered: each output goes to its row's place in the batch
     std::vector<int32_t> to, n_keys;
-    for (size_t k = 0; k < out.size(); k++) {
-        const size_t row_bytes = (size_t) hp.n_vocab * sizeof(float);
-        to.push_back(ctx.out_of_row[c.rows[out[k]].index]);
-        n_keys.push_back(c.rows[out[k]].pos + 1);
-        if (step.has_logits()) {
-            ggml_backend_tensor_get(result, ctx.logits.data() + (size_t) to[k] * hp.n_vocab, k * row_bytes, row_bytes);
+    for (const int32_t ir : out) {
+        to.push_back(ctx.out_of_row[c.rows[ir].index]);
+        n_keys.push_back(c.rows[ir].pos + 1);
+    }
+    // as few copies as there are runs: each waits for the device
+    for (size_t k = 0, n = 1; step.has_logits() && k < to.size(); k += n, n = 1) {
+        while (k + n < to.size() && to[k + n] == to[k] + (int32_t) n) {
+            n++;
         }
+        const size_t row_bytes = (size_t) hp.n_vocab * sizeof(float);
+        ggml_backend_tensor_get(result, ctx.logits.data() + (size_t) to[k] * hp.n_vocab, k * row_bytes, n * row_bytes);
     }
     if (ctx.capture) {
         ctx.capture->store(to, n_keys);
@@ -409,8 +413,8 @@ enum qcache_status check_params(const qcache_model & model, struct qcache_contex
     if (p.n_ctx < 0) {
         return invalid("n_ctx", p.n_ctx, "0 (the model's) or more");
     }
-    if (p.n_ubatch < 1) {
-        return invalid("n_ubatch", p.n_ubatch, "1 or more");
+    if (p.n_ubatch < 1 || p.n_ubatch > 65535) { // the extent of a GPU's grid
+        return invalid("n_ubatch", p.n_ubatch, "1 .. 65535");
     }
     if (p.n_seq_max < 1 || p.n_seq_max > 65536) {
         return invalid("n_seq_max", p.n_seq_max, "1 .. 65536");

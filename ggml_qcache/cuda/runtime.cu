@@ -10,7 +10,6 @@
 
 #include <ggml-backend.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 
@@ -31,6 +30,7 @@ bool check(cudaError_t error, const char * what) {
     if (error == cudaSuccess) {
         return true;
     }
+    (void) cudaGetLastError(); // ggml looks for errors after its launches, and would take this one for its own
     qcache_fail(error == cudaErrorMemoryAllocation ? QCACHE_STATUS_OUT_OF_MEMORY : QCACHE_STATUS_INTERNAL, "CUDA: %s: %s (%s)", what,
                 cudaGetErrorString(error), cudaGetErrorName(error));
     return false;
@@ -58,19 +58,19 @@ void cuda_free(void * ctx) {
     delete c;
 }
 
-// ggml numbers its CUDA devices as the runtime does: "CUDA0", "CUDA1", ...
-int device_number(ggml_backend_t wrapped) {
-    const char * name = ggml_backend_dev_name(ggml_backend_get_device(wrapped));
-    return strncmp(name, "CUDA", 4) == 0 ? atoi(name + 4) : 0;
+// ggml may number devices otherwise than the runtime; asked for a device's memory, it makes that one the current
+bool find_device(ggml_backend_t wrapped, int * device) {
+    size_t free = 0, total = 0;
+    ggml_backend_dev_memory(ggml_backend_get_device(wrapped), &free, &total);
+    return check(cudaGetDevice(device), "asking for the device");
 }
 
 void * cuda_init(ggml_backend * wrapped, int * n_processors) {
     std::unique_ptr<cuda_context, void (*)(void *)> c{ new cuda_context(), cuda_free };
     c->wrapped = wrapped;
-    c->device  = device_number(wrapped);
     c->theirs  = ggml_backend_event_new(ggml_backend_get_device(wrapped));
     c->ours    = ggml_backend_event_new(ggml_backend_get_device(wrapped));
-    const bool ok = check(cudaSetDevice(c->device), "choosing the device") &&
+    const bool ok = find_device(wrapped, &c->device) &&
                     check(cudaDeviceGetAttribute(n_processors, cudaDevAttrMultiProcessorCount, c->device), "counting multiprocessors") &&
                     check(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking), "creating a stream") &&
                     check(cudaEventCreateWithFlags(&c->uploaded, cudaEventDisableTiming), "creating an event");
@@ -127,6 +127,9 @@ void * cuda_upload(void * ctx, const void * data, size_t size) {
 
 void * cuda_workspace(void * ctx, size_t size) {
     auto & c = *(cuda_context *) ctx;
+    if (!check(cudaSetDevice(c.device), "choosing the device")) {
+        return nullptr;
+    }
     if (size > c.n_work) {
         cudaFree(c.work);
         c.work   = nullptr;

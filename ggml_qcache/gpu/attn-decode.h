@@ -234,15 +234,40 @@ template <int G, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decode(
     }
 }
 
+constexpr int qg_merge_shared(int n_splits) { return 8 * n_splits; }
+
+// The spans' weights are worked out once, then every thread adds up its element with loads that don't wait for each other.
+//
 // grid: (n_head, n_rows, 1)
 template <class T> QG_DEVICE void qg_attn_merge(T & t, const qg_attn_args & p) {
-    const uint64_t at      = (uint64_t) t.block_y() * p.n_head + t.block_x();
-    const int      stride  = p.head_dim + 2;
-    const float *  from    = (const float *) p.partial + at * p.n_splits * stride;
-    const auto     partial = [&](int i, int j) { return from[i * stride + j]; };
+    const uint64_t at     = (uint64_t) t.block_y() * p.n_head + t.block_x();
+    const int      stride = p.head_dim + 2;
+    const float *  from   = (const float *) p.partial + at * p.n_splits * stride;
+    float *        weight = (float *) t.shared(); // [n_splits] maxima first
+    float *        sums   = weight + p.n_splits;  // [n_splits]
+    for (int i = t.thread(); i < p.n_splits; i += QG_THREADS) {
+        sums[i]   = from[i * stride];
+        weight[i] = from[i * stride + 1];
+    }
+    t.sync();
+    float max = -INFINITY;
+    for (int i = 0; i < p.n_splits; i++) {
+        max = qg_max(weight[i], max);
+    }
+    t.sync(); // all have read the maxima
+    for (int i = t.thread(); i < p.n_splits; i += QG_THREADS) {
+        weight[i] = weight[i] == -INFINITY ? 0.0f : qg_exp(weight[i] - max);
+    }
+    t.sync();
+    float sum = 0.0f;
+    for (int i = 0; i < p.n_splits; i++) {
+        sum += weight[i] * sums[i];
+    }
     for (int d = t.thread(); d < p.head_dim; d += QG_THREADS) {
-        float sum, max, value;
-        qg_merge(p.n_splits, partial, d, sum, max, value);
+        float value = 0.0f;
+        for (int i = 0; i < p.n_splits; i++) {
+            value += weight[i] * from[i * stride + 2 + d];
+        }
         ((float *) p.dst)[at * p.head_dim + d] = sum == 0.0f ? 0.0f : value / sum;
     }
 }

@@ -168,9 +168,11 @@ bool qcache_gpu_ops::attn(const qcache_attn_params & p, int index, const float *
     const int n_group = p.n_head / p.n_head_kv;
     const int width   = n_group <= 2 ? n_group : n_group <= 4 ? 4 : 8;
     const int n_cells = p.n_head_kv * ((n_group + width - 1) / width) * n_rows;
-    // enough thread blocks to fill the device a few times over, none without a KV block of its own
-    const int n_wanted = (4 * n_processors + n_cells - 1) / n_cells;
-    a.n_splits         = std::max(1, std::min(n_wanted, n_blocks_max));
+    // enough thread blocks for each processor to have several at once; each has two KV blocks, or its start and end cost more
+    // than what is between them; none is left without any
+    const int n_wanted = std::max(1, std::min((8 * n_processors + n_cells - 1) / n_cells, n_blocks_max / 2));
+    const int n_each   = (n_blocks_max + n_wanted - 1) / n_wanted;
+    a.n_splits         = (n_blocks_max + n_each - 1) / n_each;
     if (a.n_splits > 1) {
         a.partial = (uint64_t) (uintptr_t) api->workspace(ctx, (size_t) n_rows * p.n_head * a.n_splits * (p.head_dim + 2) * sizeof(float));
         if (a.partial == 0) {
@@ -178,5 +180,5 @@ bool qcache_gpu_ops::attn(const qcache_attn_params & p, int index, const float *
         }
     }
     return api->launch(ctx, { QCACHE_GPU_DECODE, type_k, type_v, width, { n_cells / n_rows, n_rows, a.n_splits }, QG_DECODE_SHARED }, &a) &&
-           (a.n_splits == 1 || api->launch(ctx, { QCACHE_GPU_MERGE, type_k, type_v, 0, { p.n_head, n_rows, 1 }, 0 }, &a));
+           (a.n_splits == 1 || api->launch(ctx, { QCACHE_GPU_MERGE, type_k, type_v, 0, { p.n_head, n_rows, 1 }, qg_merge_shared(a.n_splits) }, &a));
 }
