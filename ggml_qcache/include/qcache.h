@@ -151,7 +151,7 @@ enum qcache_score_cache {
 
 struct qcache_context_params {
     int32_t                 n_ctx;           // most tokens one sequence may hold; 0: n_ctx_train of the model
-    int32_t                 n_ubatch;        // most rows computed at once (prefill chunk), default 512
+    int32_t                 n_ubatch;        // most rows computed at once (prefill chunk), 1 .. 65535, default 512
     int32_t                 n_seq_max;       // sequence ids are 0 .. n_seq_max-1, default 1
     int32_t                 n_threads;       // decode; 0: all cores
     int32_t                 n_threads_batch; // prefill; 0: all cores
