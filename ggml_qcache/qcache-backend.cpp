@@ -271,8 +271,12 @@ ggml_backend_event_t device_event_new(ggml_backend_dev_t device) {
 // registry
 //
 
-std::vector<std::unique_ptr<qcache_abi_device>> & devices() {
-    static std::vector<std::unique_ptr<qcache_abi_device>> all;
+struct wrapping_device : qcache_abi_device { // what ggml sees comes first
+    device_context own;
+};
+
+std::vector<std::unique_ptr<wrapping_device>> & devices() {
+    static std::vector<std::unique_ptr<wrapping_device>> all;
     return all;
 }
 
@@ -318,7 +322,7 @@ ggml_backend_dev_t qcache_backend_device(ggml_backend_dev_t wrapped) {
                     QCACHE_GGML_BACKEND_API);
         return nullptr;
     }
-    auto device                  = std::make_unique<qcache_abi_device>();
+    auto device                  = std::make_unique<wrapping_device>();
     device->get_name             = device_name;
     device->get_description      = device_description;
     device->get_memory           = device_memory;
@@ -332,7 +336,8 @@ ggml_backend_dev_t qcache_backend_device(ggml_backend_dev_t wrapped) {
     device->offload_op           = device_offload_op;
     device->event_new            = device_event_new;
     device->reg                  = registry();
-    device->context              = new device_context{ wrapped, api, std::string("qcache-") + ggml_backend_dev_name(wrapped) };
+    device->own                  = { wrapped, api, std::string("qcache-") + ggml_backend_dev_name(wrapped) };
+    device->context              = &device->own;
     devices().push_back(std::move(device));
     return (ggml_backend_dev_t) devices().back().get();
 }

@@ -8,6 +8,7 @@
 
 #include "gpu/simt.h"
 
+#include <algorithm>
 #include <csetjmp>
 #include <cstdint>
 #include <cstring>
@@ -54,7 +55,7 @@ class block {
     int index[3] = { 0, 0, 0 };
 
     template <class Body> void run(const Body & body) {
-        memset(shared_memory.data(), 0xff, shared_memory.size()); // NaN: nothing may rely on what lies there
+        std::fill(shared_memory.begin(), shared_memory.end(), (uint8_t) 0xff); // NaN: nothing may rely on what lies there
         entry = [](void * b, thread_view & t) { (*(const Body *) b)(t); };
         entry_data = (void *) &body;
         for (int i = 0; i < N_THREADS; i++) {
