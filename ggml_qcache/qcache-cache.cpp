@@ -221,14 +221,15 @@ bool qcache_cache::write_state(const sink & unchecked_out) const {
     for (const int32_t id : ids) {
         for (size_t i = 0; i < parts.size(); i++) {
             const size_t size = parts[i].layout.block_bytes[mgr.modality(id)];
+            if (size == 0) {
+                continue; // layers without attention alone
+            }
             if (ggml_backend_buffer_is_host(memory[id][i].get())) {
                 ok = ok && out(ggml_backend_buffer_get_base(memory[id][i].get()), size);
                 continue;
             }
             staging.resize(size);
-            if (size > 0) {
-                read(id, i, 0, staging.data(), size);
-            }
+            read(id, i, 0, staging.data(), size);
             ok = ok && out(staging.data(), size);
         }
     }
