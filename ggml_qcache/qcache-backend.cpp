@@ -59,9 +59,15 @@ node_kind kind_of(const ggml_tensor * node) {
     return fun == qcache_op_append_cpu ? node_kind::append : fun == qcache_op_attn_cpu ? node_kind::attn : node_kind::stock;
 }
 
-bool only_names(const ggml_tensor * node) {
-    return node->op == GGML_OP_NONE || node->op == GGML_OP_VIEW || node->op == GGML_OP_RESHAPE || node->op == GGML_OP_PERMUTE ||
-           node->op == GGML_OP_TRANSPOSE;
+// whether nodes first .. end-1 compute anything, or only give names to parts of others
+bool has_work(ggml_cgraph * graph, int first, int end) {
+    for (int i = first; i < end; i++) {
+        const enum ggml_op op = ggml_graph_node(graph, i)->op;
+        if (op != GGML_OP_NONE && op != GGML_OP_VIEW && op != GGML_OP_RESHAPE && op != GGML_OP_PERMUTE && op != GGML_OP_TRANSPOSE) {
+            return true;
+        }
+    }
+    return false;
 }
 
 const float * source(const ggml_tensor * node, int i) {
@@ -69,11 +75,7 @@ const float * source(const ggml_tensor * node, int i) {
 }
 
 bool run_stock(backend_context & b, ggml_cgraph * graph, int first, int end) {
-    bool any = false;
-    for (int i = first; i < end; i++) {
-        any = any || !only_names(ggml_graph_node(graph, i));
-    }
-    if (!any) {
+    if (!has_work(graph, first, end)) {
         return true;
     }
     qcache_abi_graph view = ggml_graph_view(graph, first, end);
@@ -106,19 +108,12 @@ enum ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * gra
         if (kind == node_kind::stock) {
             continue;
         }
-        const bool pending = stock < i;
-        if (within && pending) {
-            // only what takes time on the other stream needs the order
-            bool any = false;
-            for (int j = stock; j < i; j++) {
-                any = any || !only_names(ggml_graph_node(graph, j));
-            }
-            if (any) {
-                ok     = b.ops->leave();
-                within = false;
-            }
+        // only what takes time on the other stream needs the order
+        if (within && has_work(graph, stock, i)) {
+            ok     = b.ops->leave();
+            within = false;
         }
-        ok = ok && (!pending || run_stock(b, graph, stock, i));
+        ok = ok && run_stock(b, graph, stock, i);
         if (!within) {
             ok     = ok && b.ops->enter();
             within = true;

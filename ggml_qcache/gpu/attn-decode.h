@@ -19,7 +19,7 @@ QG_BOTH constexpr int qg_decode_tokens(int n_heads) { return n_heads > 4 ? 2 : 4
 // bytes of shared memory: the sums of all slots of one query head
 constexpr int QG_DECODE_SHARED = 5120;
 
-// Adds up n partial results { sum, maximum, weighted V } for element d. stride: floats from one to the next.
+// Adds up n partial results { sum, maximum, weighted V } for element d; partial(i, j) is float j of result i.
 template <class F> QG_DEVICE void qg_merge(int n, const F & partial, int d, float & sum, float & max, float & value) {
     max = -INFINITY;
     for (int i = 0; i < n; i++) {
