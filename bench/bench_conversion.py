@@ -1,8 +1,9 @@
 """How much memory and time a conversion takes, from checkpoints of a big model's shapes with a few layers.
 
 Peak memory is that of the process over what it had before the conversion, Python and its libraries loaded. It is that of one
-tensor, so it must not depend on the number of layers: several numbers of them show it. Throughput is in bytes of the checkpoint; a
-conversion that reads a file which isn't cached, or shares its cores, is slower.
+tensor, so it must not depend on the number of layers: several numbers of them show it. Throughput is in bytes of the checkpoint. The
+disk is measured beside it, and each conversion starts with the checkpoint out of the page cache: `disk_share` is the time that the
+disk alone needs to read the checkpoint and to write the files, over the time of the conversion.
 
     python bench/bench_conversion.py --layers 2,4 --outtypes f16,q8_0,q4_0,q4_k_m --json conversion.json
 """
@@ -11,9 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,38 @@ print(json.dumps({"seconds": time.monotonic() - started, "peak_bytes": peak() - 
 """
 
 
+def uncache(folder: Path) -> None:
+    """Has the system forget what it holds of a folder's files in memory, where it can be told to."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def disk_speed(folder: Path, n_bytes: int) -> dict[str, float]:
+    """How fast a file is read that isn't cached, and written until it is on the disk; medians of three, in bytes per second."""
+    chunk, rates = os.urandom(1 << 22), {"read": [], "write": []}
+    n_bytes = max(1, n_bytes // len(chunk)) * len(chunk)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        path = Path(name) / "blob"
+        for _ in range(3):
+            started = time.monotonic()
+            with path.open("wb") as file:
+                for _ in range(n_bytes // len(chunk)):
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            rates["write"].append(n_bytes / (time.monotonic() - started))
+            uncache(Path(name))
+            started = time.monotonic()
+            with path.open("rb", buffering=0) as file:
+                while file.read(len(chunk)):
+                    pass
+            rates["read"].append(n_bytes / (time.monotonic() - started))
+    return {kind: statistics.median(values) for kind, values in rates.items()}
+
+
 def measure(checkpoint: Path, folder: Path, outtype: str) -> dict[str, float]:
     """Converts in a process of its own.
 
@@ -49,6 +85,7 @@ def measure(checkpoint: Path, folder: Path, outtype: str) -> dict[str, float]:
         ``seconds``, ``peak_bytes`` over the start, ``written_bytes``.
     """
     outfile, mmproj = folder / "m.gguf", folder / "mm.gguf"
+    uncache(checkpoint)
     command = [sys.executable, "-c", _CODE, str(checkpoint), str(outfile), str(mmproj), outtype]
     result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     result["written_bytes"] = outfile.stat().st_size + mmproj.stat().st_size
@@ -71,20 +108,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [outtype for outtype in outtypes if outtype not in OUTTYPES]:
         p.error(f"outtype {unknown[0]!r} is not one of {', '.join(OUTTYPES)}")
     rows: list[dict[str, Any]] = []
+    disk: dict[str, float] = {}
     for n_layer in map(int, args.layers.split(",")):
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             checkpoint = Path(folder) / "checkpoint"
             read = make_checkpoint(checkpoint, args.preset, n_layer=n_layer, shrink=args.shrink)
+            disk = disk or disk_speed(Path(folder), min(read, 1 << 29))
             for outtype in outtypes:
                 row = {"n_layer": n_layer, "outtype": outtype, "read_bytes": read, **measure(checkpoint, Path(folder), outtype)}
+                row["disk_share"] = (read / disk["read"] + row["written_bytes"] / disk["write"]) / row["seconds"]
                 rows.append(row)
                 print(
-                    f"{n_layer} layers, {outtype}: {read / 1e9:.2f} GB in {row['seconds']:.1f} s, {read / row['seconds'] / 1e6:.0f} MB/s; "
+                    f"{n_layer} layers, {outtype}: {read / 1e9:.2f} GB in {row['seconds']:.1f} s, {read / row['seconds'] / 1e6:.0f} MB/s, "
+                    f"{100 * row['disk_share']:.0f} % of the disk's speed; "
                     f"peak {row['peak_bytes'] / 1e6:.0f} MB over the start",
                     flush=True,
                 )
     result = {
-        "benchmark": "conversion", "commit": commit(), "machine": machine(), "versions": versions(), "preset": args.preset,
+        "benchmark": "conversion", "commit": commit(), "machine": machine(), "versions": versions(), "preset": args.preset, "disk": disk,
         "command": " ".join(["bench_conversion.py", *(sys.argv[1:] if argv is None else argv)]), "rows": rows,
     }  # fmt: skip
     if args.json:

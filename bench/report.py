@@ -1,7 +1,7 @@
-"""Tables and charts from the JSON files of bench_decode and bench_quality.
+"""Tables and charts from the JSON files of bench_decode, bench_quality and bench_conversion.
 
 `--write README.md` replaces what lies between `<!-- bench:decode -->` and `<!-- /bench:decode -->` there, and likewise for
-`bench:quality`: the numbers of the README come from nowhere else.
+`bench:quality` and `bench:conversion`: the numbers of the README come from nowhere else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import quality_report
 
-KINDS = ("decode", "quality")
+KINDS = ("decode", "quality", "conversion")
 _COLUMNS = (
     "context", "sequences", "method", "ms per step", "IQR", "tokens/s", "KV MB", "KV GB/s", "of bandwidth",
     "x llama.cpp's best", "x lazy off",
@@ -26,13 +26,13 @@ def load(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """Reads results.
 
     Raises:
-        ValueError: A file isn't a result of bench_decode or bench_quality.
+        ValueError: A file isn't a result of one of them.
     """
     results = []
     for path in paths:
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or content.get("benchmark") not in KINDS:
-            raise ValueError(f"{path} is not a result of bench_decode or bench_quality")
+            raise ValueError(f"{path} is not a result of bench_decode, bench_quality or bench_conversion")
         results.append(content)
     return results
 
@@ -41,6 +41,8 @@ def markdown(result: dict[str, Any]) -> str:
     """One result as tables, with what it was measured on."""
     if result["benchmark"] == "quality":
         return "\n".join([quality_report.facts(result), "", *_table(quality_report.COLUMNS, quality_report.cells(result))])
+    if result["benchmark"] == "conversion":
+        return _conversion(result)
     machine, versions, model = result["machine"], result["versions"], result["model"]
     lines = [
         f"{model['file']}: {model['architecture']}, {model['n_layer']} layers, {model['n_head']} heads, {model['n_head_kv']} KV heads of "
@@ -58,6 +60,23 @@ def markdown(result: dict[str, Any]) -> str:
         "Loaded in " + ", ".join(f"{seconds:.1f} s ({name})" for name, seconds in result["load_seconds"].items()) + ".",
     ]
     return "\n".join(lines)
+
+
+def _conversion(result: dict[str, Any]) -> str:
+    machine, disk = result["machine"], result["disk"]
+    facts = (
+        f"Shapes of {result['preset']}, f16 checkpoint. {machine['cpu']}, {machine['cores']} cores; the disk reads {disk['read'] / 1e6:.0f} MB/s "
+        f"and writes {disk['write'] / 1e6:.0f} MB/s. Commit {result['commit']}; `{result['command']}`. Load at the start {machine['load'][0]}."
+    )
+    columns = ("layers", "outtype", "read GB", "written GB", "seconds", "MB/s read", "of the disk's speed", "peak memory MB")
+    cells = (
+        [
+            str(row["n_layer"]), row["outtype"], f"{row['read_bytes'] / 1e9:.2f}", f"{row['written_bytes'] / 1e9:.2f}", f"{row['seconds']:.1f}",
+            f"{row['read_bytes'] / row['seconds'] / 1e6:.0f}", f"{100 * row['disk_share']:.0f} %", f"{row['peak_bytes'] / 1e6:.0f}",
+        ]
+        for row in result["rows"]
+    )  # fmt: skip
+    return "\n".join([facts, "", *_table(columns, cells)])
 
 
 def _method(row: dict[str, Any]) -> str:

@@ -191,3 +191,5 @@ def test_conversion_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (row,) = json.loads(path.read_text())["rows"]
     assert row["seconds"] > 0 and 0 < row["peak_bytes"] < 1e9 and 0 < row["written_bytes"] < row["read_bytes"]
     assert "1 layers, q8_0:" in capsys.readouterr().out and list(tmp_path.iterdir()) == [path]
+    assert row["disk_share"] > 0 and report.main([str(path)]) == 0
+    assert f"| 1 | q8_0 | {row['read_bytes'] / 1e9:.2f} |" in capsys.readouterr().out

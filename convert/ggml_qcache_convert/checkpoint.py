@@ -3,8 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +22,6 @@ WEIGHT_FILES = tuple(_READERS)  # whole, or in shards that NAME.index.json names
 class Checkpoint:
     """The tensors of a directory's ``model.safetensors`` or ``pytorch_model.bin``, or of the shards their ``.index.json`` names.
 
-    A context manager: files are opened on first use and closed at the end.
-
     Attributes:
         tensors: Every tensor by its stored name.
     """
@@ -40,7 +37,6 @@ class Checkpoint:
                 names a tensor its shard lacks.
         """
         self.tensors: dict[str, TensorEntry] = {}
-        self._files: dict[Path, BinaryIO] = {}
         for name, read_header in _READERS.items():
             single, index = directory / name, directory / f"{name}.index.json"
             if single.exists():
@@ -66,7 +62,7 @@ class Checkpoint:
             self.tensors[name] = headers[shard][name]
 
     def read_rows(self, entry: TensorEntry, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Reads rows ``start`` to ``stop`` of a tensor, its deltas added.
+        """Reads rows ``start`` to ``stop`` of a tensor, its deltas added. Several threads may read at once.
 
         Args:
             entry: The tensor.
@@ -79,7 +75,7 @@ class Checkpoint:
         Raises:
             ConversionError: The file ends early, or a delta has NaN or infinite values.
         """
-        values = self._stored_rows(entry, start, stop)
+        values = as_float32(self.stored_rows(entry, start, stop), entry.dtype)
         for delta in entry.deltas:
             a = self._finite(delta.a, 0, delta.a.shape[0])
             if delta.transposed:
@@ -90,34 +86,27 @@ class Checkpoint:
 
     def _finite(self, entry: TensorEntry, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Rows of one factor of a delta, checked here: in the sum nobody could tell whose fault a NaN is."""
-        values = self._stored_rows(entry, start, stop)
+        values = as_float32(self.stored_rows(entry, start, stop), entry.dtype)
         if not np.isfinite(values).all():
             count = int((~np.isfinite(values)).sum())
             raise ConversionError(f"{entry.path}: tensor {entry.name!r} has {count} NaN or infinite values in rows {start} to {stop}")
         return values
 
-    def _stored_rows(self, entry: TensorEntry, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def stored_rows(self, entry: TensorEntry, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Rows as they lie in the file, without the deltas; bf16 as uint16."""
         row = math.prod(entry.shape[1:])
-        if entry.path not in self._files:
-            self._files[entry.path] = entry.path.open("rb")
-        file = self._files[entry.path]
-        file.seek(entry.offset + start * row * ITEM_SIZE[entry.dtype])
-        data = np.fromfile(file, dtype=_NUMPY_TYPE[entry.dtype], count=(stop - start) * row)
+        offset = entry.offset + start * row * ITEM_SIZE[entry.dtype]
+        data = np.fromfile(entry.path, dtype=_NUMPY_TYPE[entry.dtype], count=(stop - start) * row, offset=offset)
         if data.size != (stop - start) * row:
             raise ConversionError(f"{entry.path}: ends inside tensor {entry.name!r}, rows {start} to {stop}")
-        if entry.dtype == "BF16":
-            data = (data.astype(np.uint32) << 16).view(np.float32)
-        return data.astype(np.float32, copy=False).reshape(stop - start, row)
+        return data.reshape(stop - start, row)
 
-    def __enter__(self) -> "Checkpoint":
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+def as_float32(stored: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Values of rows as they lie in a file."""
+    if dtype == "BF16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32, copy=False)
 
 
 def read_first(directory: Path, names: Sequence[str]) -> dict[str, TensorEntry]:

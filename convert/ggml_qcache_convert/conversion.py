@@ -94,7 +94,6 @@ def convert(
     plan = plan_conversion(directory, outfile, mmproj, outtype, lazy_layers, lazy_mode, keep_qk, name, adapters, vision_tower, imatrix)
     total = sum(tensor.source.nbytes for file in plan.files for tensor in file.tensors)
     with (
-        plan.checkpoint,
         AtomicFiles(targets) as files,
         tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="converting", disable=not progress) as bar,
     ):

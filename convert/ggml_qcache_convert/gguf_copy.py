@@ -9,12 +9,13 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, Re
 from gguf.quants import dequantize
 
 from .calibration import Corrections
+from .chunks import in_chunks
 from .errors import ConversionError
 from .imatrix import Imatrix, add_imatrix_keys, importance_of
 from .lazy_keys import ATTENTION
 from .lazy_layers import LAZY_KEYS
 from .outtypes import OutType, quantised
-from .writer import CHUNK, stored_bytes, stored_layout
+from .writer import stored_bytes, stored_layout
 
 _ATTENTION = re.compile(rf"blk\.(\d+)\.({'|'.join(ATTENTION)})\.(?:weight|bias)")
 _VIS_BIAS = re.compile(r"blk\.\d+\.attn_vis_bias\.weight")
@@ -168,17 +169,20 @@ def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
 def _stored(
     tensor: ReaderTensor, qtype: GGMLQuantizationType, new: np.ndarray | None, importance: np.ndarray | None
 ) -> np.ndarray:
-    """A tensor's bytes: its own, or new values, or its own in another type. Holds a chunk of it as floats, never all of it."""
+    """A tensor's bytes: its own, or new values, or its own in another type. Holds chunks of it as floats, never all of it."""
     if new is not None:  # its inputs may be others, and in another order
         return quantised(new, qtype)
     if qtype == tensor.tensor_type:
         return np.asarray(tensor.data)
     shape, dtype = stored_layout(_shape(tensor), qtype)
     result = np.empty(shape, dtype)
-    step = max(1, CHUNK // int(tensor.shape[0]))
-    for start in range(0, len(result), step):
-        values = dequantize(tensor.data[start : start + step], tensor.tensor_type)
+
+    def convert(start: int, stop: int) -> None:
+        values = dequantize(tensor.data[start:stop], tensor.tensor_type)
         if not np.isfinite(values).all():
             raise ConversionError(f"tensor {tensor.name!r} of the GGUF has {int((~np.isfinite(values)).sum())} NaN or infinite values")
-        result[start : start + step] = quantised(np.asarray(values, dtype=np.float32), qtype, importance)
+        result[start:stop] = quantised(np.asarray(values, dtype=np.float32), qtype, importance)
+
+    for _ in in_chunks(len(result), int(tensor.shape[0]), convert):
+        pass
     return result

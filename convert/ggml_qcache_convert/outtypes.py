@@ -1,9 +1,7 @@
 """What ``--outtype`` means: which type each tensor of a text model is stored in, and how values get into it."""
 
 import ctypes
-import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,16 +118,8 @@ def quantised(
     weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
     rows = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, values.shape[-1])
     result = np.empty(quant_shape_to_byte_shape(rows.shape, qtype), dtype=np.uint8)
-
-    def work(first: int, end: int) -> None:
-        chunk(
-            ctypes.c_int(qtype), rows.ctypes.data_as(ctypes.c_void_p), result.ctypes.data_as(ctypes.c_void_p),
-            ctypes.c_int64(first * rows.shape[1]), ctypes.c_int64(end - first), ctypes.c_int64(rows.shape[1]),
-            None if weights is None else weights.ctypes.data_as(ctypes.c_void_p),
-        )  # fmt: skip
-
-    n_threads = min(os.cpu_count() or 1, len(rows))
-    edges = np.linspace(0, len(rows), n_threads + 1).astype(int).tolist()
-    with ThreadPoolExecutor(n_threads) as pool:
-        list(pool.map(work, edges, edges[1:]))
+    chunk(
+        ctypes.c_int(qtype), rows.ctypes.data_as(ctypes.c_void_p), result.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(0),
+        ctypes.c_int64(rows.shape[0]), ctypes.c_int64(rows.shape[1]), None if weights is None else weights.ctypes.data_as(ctypes.c_void_p),
+    )  # fmt: skip
     return result.reshape(quant_shape_to_byte_shape(values.shape, qtype))

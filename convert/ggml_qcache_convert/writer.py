@@ -12,12 +12,14 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quant_shape_to_byte_shape
 
 from .checkpoint import Checkpoint
+from .chunks import CHUNK, in_chunks
 from .errors import ConversionError
 from .outtypes import quantised
 from .plan import OutputTensor
 from .tensor_entry import TensorEntry
 
-CHUNK = 1 << 22  # elements read, checked and converted at a time: 16 MB as float32
+# the bits of an exponent that only infinity and NaN have all of, in types that a checkpoint and a GGUF share
+_EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80}
 
 
 class AtomicFiles:
@@ -106,7 +108,7 @@ def stored_bytes(shape: tuple[int, ...], qtype: GGMLQuantizationType) -> int:
 
 
 def _converted(tensor: OutputTensor, checkpoint: Checkpoint, advance: Callable[[int], object]) -> np.ndarray[Any, Any]:
-    """Gives a tensor in its stored form. Holds the result and one chunk of the source, never the source as a whole."""
+    """Gives a tensor in its stored form. Holds the result and a chunk of the source for each core, never the source as a whole."""
     if not isinstance(tensor.source, TensorEntry):
         advance(tensor.source.nbytes)
         return tensor.source
@@ -115,13 +117,22 @@ def _converted(tensor: OutputTensor, checkpoint: Checkpoint, advance: Callable[[
     result = np.empty(shape, dtype)
     n_row = entry.shape[0]
     rows = result.reshape(tensor.shape[0], -1)
-    target = _interleaved_rows(n_row, tensor.rope_head_dim) if tensor.rope_head_dim else np.arange(n_row)
-    step = max(1, CHUNK * n_row // max(1, int(np.prod(entry.shape, dtype=np.int64))))
-    for start in range(0, n_row, step):
-        stop = min(n_row, start + step)
+    target = _interleaved_rows(n_row, tensor.rope_head_dim) if tensor.rope_head_dim else None
+
+    def put(start: int, stop: int, stored: np.ndarray[Any, Any]) -> None:
+        rows[slice(start, stop) if target is None else target[start:stop]] = stored
+
+    def copy(start: int, stop: int) -> None:
+        stored = checkpoint.stored_rows(entry, start, stop)
+        exponent = np.uint16(_EXPONENT[entry.dtype])
+        if ((stored.view(np.uint16) & exponent) == exponent).any():
+            raise _not_finite(entry, checkpoint)
+        put(start, stop, stored.view(dtype))
+
+    def convert(start: int, stop: int) -> None:
         values = checkpoint.read_rows(entry, start, stop)
         if not np.isfinite(values).all():
-            raise _not_finite(entry, checkpoint, step)
+            raise _not_finite(entry, checkpoint)
         with np.errstate(over="ignore"):
             stored = quantised(values, tensor.qtype, tensor.importance)
         if tensor.qtype == GGMLQuantizationType.F16 and np.isinf(stored).any():
@@ -129,10 +140,13 @@ def _converted(tensor: OutputTensor, checkpoint: Checkpoint, advance: Callable[[
                 f"{entry.path}: tensor {entry.name!r} has values up to {np.abs(values).max():g}, over f16's range; "
                 "use --outtype bf16 or f32"
             )
-        rows[target[start:stop]] = stored
+        put(start, stop, stored)
         if tensor.mirrored:
             rows[n_row + start : n_row + stop] = quantised(-values, tensor.qtype)
-        advance((stop - start) * (entry.nbytes // n_row))
+
+    same = entry.dtype == tensor.qtype.name and entry.dtype in _EXPONENT and not entry.deltas and not tensor.mirrored
+    for n in in_chunks(n_row, math.prod(entry.shape[1:]), copy if same else convert):
+        advance(n * (entry.nbytes // n_row))
     return result
 
 
@@ -144,14 +158,15 @@ def _interleaved_rows(n_row: int, head_dim: int) -> np.ndarray[Any, np.dtype[np.
     return head + 2 * (within % half) + within // half
 
 
-def _not_finite(entry: TensorEntry, checkpoint: Checkpoint, step: int) -> ConversionError:
+def _not_finite(entry: TensorEntry, checkpoint: Checkpoint) -> ConversionError:
     """Counts a tensor's NaN and infinite values and finds the first."""
+    n_col = math.prod(entry.shape[1:])
+    step = max(1, CHUNK // n_col)
     count, first = 0, -1
     for start in range(0, entry.shape[0], step):
-        values = checkpoint.read_rows(entry, start, min(entry.shape[0], start + step))
-        bad = np.flatnonzero(~np.isfinite(values))
+        bad = np.flatnonzero(~np.isfinite(checkpoint.read_rows(entry, start, min(entry.shape[0], start + step))))
         if count == 0 and bad.size:
-            first = start * values.shape[1] + int(bad[0])
+            first = start * n_col + int(bad[0])
         count += bad.size
     index = [int(i) for i in np.unravel_index(first, entry.shape)]
     return ConversionError(
