@@ -1,17 +1,12 @@
 // qcache-cache.cpp: block memory and its state
 //
-// A block is one allocation for all layers of a device, so memory grows and shrinks with use in steps of one block, and a
-// kernel needs one pointer per block and one offset per layer.
+// A block is one piece of memory for all layers of a device, so that a kernel needs one pointer per block and one offset per
+// layer.
 
 #include "qcache-cache.h"
 
 #include <algorithm>
 #include <cstring>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
 
 static size_t align_up(size_t size) {
     const size_t alignment = 64; // a cache line, and no vector load crosses two layers
@@ -49,43 +44,47 @@ static size_t sum_block_bytes(const std::vector<qcache_cache_part> & parts, int 
 
 qcache_cache::qcache_cache(std::vector<qcache_cache_part> given, int32_t n_seq_max, size_t bytes_max, std::vector<int32_t> fingerprint) :
     parts(std::move(given)), block_bytes{ sum_block_bytes(parts, 0), sum_block_bytes(parts, 1) },
-    mgr(n_seq_max, parts[0].layout.n_block_tokens, block_bytes, bytes_max), fingerprint(std::move(fingerprint)) {}
+    mgr(n_seq_max, parts[0].layout.n_block_tokens, block_bytes, bytes_max), fingerprint(std::move(fingerprint)) {
+    for (const auto & part : parts) {
+        for (const size_t n_bytes : part.layout.block_bytes) {
+            pools.emplace_back(part.buft, n_bytes);
+        }
+    }
+}
 
 // a part of a block as a tensor of bytes, which is how ggml reads and writes device memory
 struct block_bytes_tensor {
     ggml_context_ptr ctx;
     ggml_tensor *    tensor;
 
-    block_bytes_tensor(ggml_backend_buffer_t buffer, size_t size) : ctx(ggml_init({ ggml_tensor_overhead(), nullptr, true })) {
+    block_bytes_tensor(const qcache_slabs & slabs, const qcache_slabs::place & place, size_t size) :
+        ctx(ggml_init({ ggml_tensor_overhead(), nullptr, true })) {
         tensor = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, (int64_t) size);
-        ggml_backend_tensor_alloc(buffer, tensor, ggml_backend_buffer_get_base(buffer));
+        ggml_backend_tensor_alloc(slabs.buffer(place), tensor, slabs.data(place));
     }
 };
 
-// Memory of one block, uninitialised; NULL where there is none. A kernel reads one head's few KB out of each layer of
-// each block, so with 4 KB pages nearly every one of these reads would miss the TLB: large pages where they fit.
-static ggml_backend_buffer_ptr new_block(ggml_backend_buffer_type_t buft, size_t n_bytes) {
-    ggml_backend_buffer_ptr buffer(ggml_backend_buft_alloc_buffer(buft, n_bytes));
-#if defined(__linux__)
-    if (buffer && ggml_backend_buft_is_host(buft) && n_bytes >= (2u << 20)) {
-        const uintptr_t page  = (uintptr_t) sysconf(_SC_PAGESIZE);
-        const uintptr_t start = (uintptr_t) ggml_backend_buffer_get_base(buffer.get());
-        const uintptr_t first = (start + page - 1) / page * page;
-        madvise((void *) first, (start + n_bytes - first) / page * page, MADV_HUGEPAGE); // advice: failure costs speed only
-    }
-#endif
-    return buffer;
-}
-
-bool qcache_cache::allocate(block_memory & to, int8_t modality) const {
-    for (const auto & part : parts) {
-        to.push_back(new_block(part.buft, part.layout.block_bytes[modality]));
-        if (!to.back()) {
-            to.clear();
+bool qcache_cache::allocate(block_memory & to, int8_t modality) {
+    to.modality = modality;
+    for (size_t i = 0; i < parts.size(); i++) {
+        qcache_slabs::place place;
+        if (!slabs(i, modality).take(place)) {
+            release(to);
             return false;
+        }
+        to.places.push_back(place);
+        if (const size_t size = parts[i].layout.block_bytes[modality]; size > 0) {
+            ggml_backend_tensor_memset(block_bytes_tensor(slabs(i, modality), place, size).tensor, 0, 0, size);
         }
     }
     return true;
+}
+
+void qcache_cache::release(block_memory & from) {
+    for (size_t i = 0; i < from.places.size(); i++) {
+        slabs(i, from.modality).give_back(from.places[i]);
+    }
+    from.places.clear();
 }
 
 bool qcache_cache::sync() {
@@ -93,31 +92,24 @@ bool qcache_cache::sync() {
     memory.resize(std::max((size_t) mgr.n_ids(), memory.size()));
     const auto changed = mgr.take_changed();
     for (const int32_t id : changed) {
-        // an id freed and taken again may have another size
-        const bool used = id < mgr.n_ids() && mgr.used(id);
-        for (size_t i = 0; used && i < memory[id].size(); i++) {
-            if (ggml_backend_buffer_get_size(memory[id][i].get()) != parts[i].layout.block_bytes[mgr.modality(id)]) {
-                memory[id].clear();
-            }
-        }
-        if (!used) {
-            memory[id].clear();
+        // an id freed and taken again may be of the other modality
+        if (id >= mgr.n_ids() || !mgr.used(id) || memory[id].modality != mgr.modality(id)) {
+            release(memory[id]);
         }
     }
     for (const int32_t id : changed) {
-        if (ok && id < mgr.n_ids() && mgr.used(id) && memory[id].empty()) {
+        if (ok && id < mgr.n_ids() && mgr.used(id) && memory[id].places.empty()) {
             ok = allocate(memory[id], mgr.modality(id));
-            for (const auto & buffer : memory[id]) {
-                ggml_backend_buffer_clear(buffer.get(), 0);
-            }
         }
     }
     if (ok) {
         for (const auto & copy : mgr.take_copies()) {
             for (size_t i = 0; i < parts.size(); i++) {
-                const size_t size = parts[i].layout.block_bytes[mgr.modality(copy.src)];
+                const int8_t modality = mgr.modality(copy.src);
+                const size_t size     = parts[i].layout.block_bytes[modality];
                 if (size > 0) {
-                    block_bytes_tensor src(memory[copy.src][i].get(), size), dst(memory[copy.dst][i].get(), size);
+                    const auto &       pool = slabs(i, modality);
+                    block_bytes_tensor src(pool, memory[copy.src].places[i], size), dst(pool, memory[copy.dst].places[i], size);
                     ggml_backend_tensor_copy(src.tensor, dst.tensor);
                 }
             }
@@ -127,12 +119,13 @@ bool qcache_cache::sync() {
 }
 
 qcache_attn_block qcache_cache::view(const qcache_seq_block & block, size_t part) const {
-    ggml_backend_buffer_t buffer = memory[block.id][part].get();
-    return { (uint8_t *) ggml_backend_buffer_get_base(buffer), block.first, block.n, block.modality, buffer };
+    const auto & pool  = slabs(part, block.modality);
+    const auto & place = memory[block.id].places[part];
+    return { pool.data(place), block.first, block.n, block.modality, pool.buffer(place) };
 }
 
 void qcache_cache::read(int32_t id, size_t part, size_t offset, void * to, size_t size) const {
-    block_bytes_tensor from(memory[id][part].get(), offset + size);
+    block_bytes_tensor from(slabs(part, memory[id].modality), memory[id].places[part], offset + size);
     ggml_backend_tensor_get(from.tensor, to, offset, size);
 }
 
@@ -224,8 +217,8 @@ bool qcache_cache::write_state(const sink & unchecked_out) const {
             if (size == 0) {
                 continue; // layers without attention alone
             }
-            if (ggml_backend_buffer_is_host(memory[id][i].get())) {
-                ok = ok && out(ggml_backend_buffer_get_base(memory[id][i].get()), size);
+            if (ggml_backend_buft_is_host(parts[i].buft)) {
+                ok = ok && out(slabs(i, mgr.modality(id)).data(memory[id].places[i]), size);
                 continue;
             }
             staging.resize(size);
@@ -340,18 +333,24 @@ enum qcache_status qcache_cache::read_state(const uint8_t * data, size_t size, i
     std::vector<block_memory> fresh(n_blocks);
     for (int32_t id = 0; id < n_blocks; id++) {
         if (!allocate(fresh[id], modality[id])) {
+            for (auto & block : fresh) {
+                release(block);
+            }
             return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot allocate %zu bytes of KV for a saved state", bytes);
         }
         for (size_t i = 0; i < parts.size(); i++) {
             const size_t part_bytes = parts[i].layout.block_bytes[modality[id]];
             if (part_bytes > 0) {
-                block_bytes_tensor to(fresh[id][i].get(), part_bytes);
+                block_bytes_tensor to(slabs(i, modality[id]), fresh[id].places[i], part_bytes);
                 ggml_backend_tensor_set(to.tensor, data + pos, 0, part_bytes);
             }
             pos += part_bytes;
         }
     }
     mgr.restore(seqs, modality);
+    for (auto & block : memory) {
+        release(block);
+    }
     memory = std::move(fresh);
     return QCACHE_STATUS_SUCCESS;
 }

@@ -5,6 +5,7 @@
 #include "qcache-blocks.h"
 #include "qcache-model.h"
 #include "qcache-op.h"
+#include "qcache-slabs.h"
 
 #include <functional>
 #include <memory>
@@ -60,12 +61,19 @@ class qcache_cache {
     enum qcache_status read_state(const uint8_t * data, size_t size, int32_t n_ctx);
 
   private:
-    using block_memory = std::vector<ggml_backend_buffer_ptr>; // by part; empty where the block is free
+    struct block_memory {
+        int8_t                           modality = 0;
+        std::vector<qcache_slabs::place> places; // by part; empty where the block is free
+    };
 
-    bool allocate(block_memory & memory, int8_t modality) const; // false: out of memory, and memory is empty
+    qcache_slabs & slabs(size_t part, int8_t modality) { return pools[2 * part + modality]; }
+    const qcache_slabs & slabs(size_t part, int8_t modality) const { return pools[2 * part + modality]; }
+    bool allocate(block_memory & memory, int8_t modality); // zeros; false: out of memory, and memory is free
+    void release(block_memory & memory);
 
     std::vector<qcache_cache_part> parts;
     size_t                         block_bytes[2]; // of all parts, by modality
+    std::vector<qcache_slabs>      pools; // by part and modality
     qcache_blocks                  mgr;
     std::vector<block_memory>      memory; // by block id
     std::vector<int32_t>           fingerprint;
