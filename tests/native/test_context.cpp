@@ -16,11 +16,29 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <new>
 #include <random>
 #include <string>
 #include <vector>
 
 #include <unistd.h>
+
+static size_t n_allocations = 0; // by new, of this program and the libraries in it
+
+void * operator new(size_t size) {
+    n_allocations++;
+    void * p = malloc(size > 0 ? size : 1);
+    if (p == nullptr) {
+        throw std::bad_alloc();
+    }
+    return p;
+}
+[[gnu::noinline]] void operator delete(void * p) noexcept {
+    free(p);
+}
+[[gnu::noinline]] void operator delete(void * p, size_t) noexcept {
+    free(p);
+}
 
 namespace {
 
@@ -300,6 +318,34 @@ void capture(const qcache_model_t * model, enum qcache_lazy_mode mode, const std
     CHECK(qcache_get_captured_ith(whole.ctx, QCACHE_CAPTURE_ATTN, 0, 0, nullptr) == nullptr);
 }
 
+// steps of one shape share a graph and allocate nothing; a step of another shape in between changes no logits
+void steady_steps(const qcache_model_t * model, enum qcache_lazy_mode mode, const std::vector<int32_t> & leader) {
+    const prompt p;
+    context      c(model, params_for(mode, leader));
+    const auto   expected = run(c.ctx, p, 0, p.size());
+    qcache_clear(c.ctx);
+
+    const int32_t              first = p.size() - 11; // the text after the image, in one block
+    const std::vector<int32_t> seq_id(3, 1);
+    CHECK(qcache_decode(c.ctx, p.rows(0, first)) == QCACHE_STATUS_SUCCESS);
+    for (int32_t i = first; i < p.size(); i++) {
+        if (i == first + 6) { // two rows of another sequence: another graph
+            CHECK(qcache_decode(c.ctx, p.rows(0, 2, seq_id.data())) == QCACHE_STATUS_SUCCESS);
+        }
+        const size_t before = n_allocations;
+        CHECK(qcache_decode(c.ctx, p.rows(i, i + 1)) == QCACHE_STATUS_SUCCESS);
+        if (i != first && i != first + 6) {
+            CHECK(n_allocations == before);
+        }
+        const float * logits = qcache_get_logits_ith(c.ctx, 0);
+        CHECK(logits != nullptr);
+        if (logits != nullptr) {
+            const std::vector<float> row(expected.begin() + (size_t) i * n_vocab, expected.begin() + (size_t) (i + 1) * n_vocab);
+            CHECK(nmse({ logits, logits + n_vocab }, row) < 1e-6);
+        }
+    }
+}
+
 // two contexts, one before and one from the second leader on, and δ given at run time
 void layers_and_bias(const qcache_model_t * model, const std::vector<int32_t> & leader) {
     const prompt       p;
@@ -446,6 +492,7 @@ int main() {
     for (const auto mode : { QCACHE_LAZY_MODE_OFF, QCACHE_LAZY_MODE_GLOBAL, QCACHE_LAZY_MODE_VISUAL }) {
         same_whatever_the_way(model, mode, leader);
         capture(model, mode, leader);
+        steady_steps(model, mode, leader);
     }
     state_and_sequences(model, leader);
     failures_leave_the_context(model, leader);
