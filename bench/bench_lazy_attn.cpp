@@ -4,7 +4,7 @@
 // none is still in a processor cache when its turn comes again. What counts as read: K of keys whose logits are computed,
 // V of all, and 4 bytes a head and key where logits come from the score cache.
 //
-//   bench-lazy-attn [--threads N] [--keys N] [--steps N] [--json FILE]
+//   bench-lazy-attn [--threads N] [--keys N] [--steps N] [--only TEXT] [--json FILE]
 
 #include "qcache-op.h"
 #include "qcache.h"
@@ -234,6 +234,7 @@ double nmse_of_best_kernel(shape s, int type, int n_seqs, mode m, team & threads
     const qcache_attn_params p = b.params(m, 0);
     std::vector<float>       expected(b.q_own.size()), got(b.q_own.size());
     std::vector<uint8_t>     wdata(qcache_attn_scratch_bytes(p) * threads.n);
+    qcache_attn_scratch_init(p, wdata.data(), threads.n);
     qcache_attn_kernel_scalar()->fn(p, b.q_own.data(), b.q_leader.data(), expected.data(), nullptr, 0, 1);
     threads.run([&](int ith, int nth) {
         qcache_attn_kernel_best()->fn(p, b.q_own.data(), b.q_leader.data(), got.data(), wdata.data(), ith, nth);
@@ -249,6 +250,7 @@ double nmse_of_best_kernel(shape s, int type, int n_seqs, mode m, team & threads
 double seconds_per_step(batch & b, mode m, team & threads, int n_steps) {
     std::vector<float>              out(b.q_own.size());
     std::vector<uint8_t>            wdata(qcache_attn_scratch_bytes(b.params(m, 0)) * threads.n);
+    qcache_attn_scratch_init(b.params(m, 0), wdata.data(), threads.n);
     std::vector<double>             seconds;
     std::vector<qcache_attn_params> params;
     for (int copy = 0; copy < (int) b.steps.size(); copy++) {
@@ -267,7 +269,7 @@ double seconds_per_step(batch & b, mode m, team & threads, int n_steps) {
 }
 
 int usage(const char * program) {
-    fprintf(stderr, "usage: %s [--threads N] [--keys N] [--steps N] [--json FILE]\n", program);
+    fprintf(stderr, "usage: %s [--threads N] [--keys N] [--steps N] [--only TEXT] [--json FILE]\n", program);
     return 2;
 }
 
@@ -278,6 +280,7 @@ int main(int argc, char ** argv) {
     int          n_keys    = 3072;
     int          n_steps   = 20;
     const char * json_path = nullptr;
+    std::string  only; // rows that start so, as "d128 32/4 q8_0"
     for (int i = 1; i < argc; i += 2) {
         const std::string name = argv[i];
         if (i + 1 == argc) {
@@ -286,6 +289,8 @@ int main(int argc, char ** argv) {
         int * number = name == "--threads" ? &n_threads : name == "--keys" ? &n_keys : name == "--steps" ? &n_steps : nullptr;
         if (number != nullptr) {
             *number = atoi(argv[i + 1]);
+        } else if (name == "--only") {
+            only = argv[i + 1];
         } else if (name == "--json") {
             json_path = argv[i + 1];
         } else {
@@ -304,11 +309,16 @@ int main(int argc, char ** argv) {
                        "\", \"threads\": " + std::to_string(n_threads) + ", \"keys\": " + std::to_string(n_keys) +
                        ", \"read_bandwidth\": " + std::to_string(peak) + ", \"rows\": [";
     const char * separator = "\n";
-    const shape  shapes[]  = { { 128, 32, 32 }, { 128, 32, 4 }, { 80, 32, 32 }, { 128, 28, 4 } };
+    const shape  shapes[]  = { { 128, 32, 32 }, { 128, 32, 8 }, { 128, 32, 4 }, { 80, 32, 32 }, { 128, 28, 4 } };
     for (const shape & s : shapes) {
         for (const int type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
             for (const int n_seqs : { 1, 8 }) {
                 for (const mode m : { mode::off, mode::global, mode::visual }) {
+                    const std::string name = "d" + std::to_string(s.head_dim) + " " + std::to_string(s.n_head) + "/" + std::to_string(s.n_head_kv);
+                    const std::string row_name = name + " " + ggml_type_name((ggml_type) type) + " " + std::to_string(n_seqs) + " " + mode_name(m);
+                    if (row_name.rfind(only, 0) != 0) {
+                        continue;
+                    }
                     const double nmse = nmse_of_best_kernel(s, type, n_seqs, m, threads);
                     if (!(nmse <= NMSE_MAX)) {
                         fprintf(stderr, "head_dim %d, %d heads, %d KV heads, %s, %d sequences, %s: NMSE %.2e, at most %.0e\n", s.head_dim,
@@ -318,7 +328,6 @@ int main(int argc, char ** argv) {
                     batch        b(s, type, n_seqs, n_keys, COLD_BYTES);
                     const double t     = seconds_per_step(b, m, threads, n_steps);
                     const double rate  = (double) b.bytes(m) / t;
-                    const std::string name = "d" + std::to_string(s.head_dim) + " " + std::to_string(s.n_head) + "/" + std::to_string(s.n_head_kv);
                     printf("%-14s %-5s %4d %-7s %9.3f %7.1f %5.0f%% %9.1e\n", name.c_str(), ggml_type_name((ggml_type) type), n_seqs,
                            mode_name(m), 1e3 * t, rate / 1e9, 100 * rate / peak, nmse);
                     fflush(stdout);

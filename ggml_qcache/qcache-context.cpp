@@ -59,6 +59,15 @@ enum qcache_status check_params(const qcache_model & model, struct qcache_contex
     if (p.score_cache < QCACHE_SCORE_CACHE_AUTO || p.score_cache > QCACHE_SCORE_CACHE_ON) {
         return invalid("score_cache", p.score_cache, "0 (auto), 1 (off) or 2 (on)");
     }
+    if (!(p.v_skip >= 0.0f && p.v_skip < 1.0f)) {
+        return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "v_skip is %g, expected a share of the attention from 0 to under 1", p.v_skip);
+    }
+    if (p.v_skip > 0.0f && (p.attn_impl != QCACHE_ATTN_IMPL_AUTO || p.score_cache == QCACHE_SCORE_CACHE_OFF || model.placements.back().is_gpu)) {
+        return qcache_fail(QCACHE_STATUS_UNSUPPORTED,
+                           "v_skip %g needs attn_impl 0 (auto), a score cache and all layers on the CPU, got attn_impl %d, score_cache %d, "
+                           "n_gpu_layers %d",
+                           p.v_skip, p.attn_impl, p.score_cache, qcache_model_get_info(&model).n_gpu_layers);
+    }
     p.n_ctx           = p.n_ctx == 0 ? model.hparams.n_ctx_train : p.n_ctx;
     p.n_threads       = p.n_threads == 0 ? n_cores : p.n_threads;
     p.n_threads_batch = p.n_threads_batch == 0 ? n_cores : p.n_threads_batch;
@@ -452,6 +461,8 @@ struct qcache_kv_usage qcache_get_kv_usage(const qcache_context_t * ctx) {
     struct qcache_kv_usage usage = ctx->cache.usage();
     usage.n_lazy_layers          = ctx->n_lazy_layers();
     usage.n_dropped_layers       = ctx->n_dropped_layers();
+    usage.n_v_rows               = (int64_t) ctx->count_v_rows().n;
+    usage.n_v_rows_skipped       = (int64_t) ctx->count_v_rows().n_skipped;
     return usage;
 }
 

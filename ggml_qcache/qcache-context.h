@@ -87,6 +87,8 @@ struct qcache_context {
     std::string                  attn_name;
 
     std::vector<uint8_t> scratch;    // of the CPU's attention kernel, all threads
+    int32_t              n_scratch = 0;  // threads
+    qcache_attn_v_rows   v_rows    = {}; // counted in scratch that has been replaced
     std::vector<float>   logits;     // [n_out][n_vocab]
     std::vector<int32_t> out_of_row; // [n_tokens] of the last batch: index into logits or -1
     int32_t              n_out = 0;
@@ -115,6 +117,21 @@ struct qcache_context {
             n += leader[il] != il && leader[il] != QCACHE_LEADER_NONE;
         }
         return n;
+    }
+
+    // of a layer, as far as scratch depends on them
+    qcache_attn_params attn_shape() const {
+        qcache_attn_params p = {};
+        p.head_dim           = model.hparams.head_dim;
+        p.n_head             = model.hparams.n_head;
+        p.n_head_kv          = model.hparams.n_head_kv;
+        p.n_block_tokens     = params.n_block_tokens;
+        return p;
+    }
+
+    qcache_attn_v_rows count_v_rows() const {
+        const qcache_attn_v_rows now = qcache_attn_count_v_rows(attn_shape(), scratch.data(), n_scratch);
+        return { v_rows.n + now.n, v_rows.n_skipped + now.n_skipped };
     }
 
     int32_t n_dropped_layers() const { return (int32_t) std::count(leader.begin(), leader.end(), QCACHE_LEADER_NONE); }

@@ -147,7 +147,7 @@ enum qcache_status prepare_scores(const qcache_context & ctx, qcache_stage & sta
     // a GPU computes many rows on matrix units, which leave no logits behind
     const bool pays = stage.placement.is_gpu ? ctx.chunk.decoding() : n_bytes <= SCORE_CACHE_AUTO_BYTES;
     use_scores      = ctx.kernel != nullptr && ctx.n_lazy_layers() > 0 &&
-                 (ctx.params.score_cache == QCACHE_SCORE_CACHE_ON || (ctx.params.score_cache == QCACHE_SCORE_CACHE_AUTO && pays));
+                 (ctx.params.score_cache == QCACHE_SCORE_CACHE_ON || (ctx.params.v_skip > 0.0f && ctx.chunk.decoding()) || (ctx.params.score_cache == QCACHE_SCORE_CACHE_AUTO && pays));
     if (!use_scores) {
         return QCACHE_STATUS_SUCCESS;
     }
@@ -167,15 +167,12 @@ uint8_t * prepare_scratch(qcache_context & ctx, int32_t n_threads) {
     if (ctx.kernel == nullptr) {
         return nullptr;
     }
-    const auto &       hp = ctx.model.hparams;
-    qcache_attn_params p  = {};
-    p.head_dim            = hp.head_dim;
-    p.n_head              = hp.n_head;
-    p.n_head_kv           = hp.n_head_kv;
-    p.n_block_tokens      = ctx.params.n_block_tokens;
-    const size_t bytes    = qcache_attn_scratch_bytes(p) * n_threads;
-    if (ctx.scratch.size() < bytes) {
-        ctx.scratch.assign(bytes, 0);
+    if (ctx.n_scratch < n_threads) {
+        const qcache_attn_params p = ctx.attn_shape();
+        ctx.v_rows                 = ctx.count_v_rows();
+        ctx.scratch.resize(qcache_attn_scratch_bytes(p) * n_threads);
+        ctx.n_scratch = n_threads;
+        qcache_attn_scratch_init(p, ctx.scratch.data(), n_threads);
     }
     return ctx.scratch.data();
 }
@@ -246,8 +243,8 @@ enum qcache_status compute_stage(qcache_context & ctx, size_t i_stage) {
         std::iota(stage.out.begin(), stage.out.end(), 0);
     }
     if (!stage.step) {
-        stage.step.reset(new qcache_step{ ctx.model, ctx.leader, ctx.mode, ctx.vis_bias.empty() ? nullptr : ctx.vis_bias.data(), stage.first,
-                                          stage.end, stage.placement.rope_freqs, ctx.cache.layout(i_stage), {}, false, ctx.kernel, nullptr,
+        stage.step.reset(new qcache_step{ ctx.model, ctx.leader, ctx.mode, ctx.vis_bias.empty() ? nullptr : ctx.vis_bias.data(),
+                                          ctx.params.v_skip, stage.first, stage.end, stage.placement.rope_freqs, ctx.cache.layout(i_stage), {}, false, ctx.kernel, nullptr,
                                           0, 0, nullptr, nullptr });
     }
     qcache_attn_step & attn = stage.step->attn;

@@ -130,6 +130,7 @@ ggml_tensor * qcache_graph::lazy_attention(int32_t il, ggml_tensor * q, ggml_ten
     p.scale                = 1.0f / sqrtf((float) hp.head_dim);
     p.score_op             = !step.use_scores ? QCACHE_SCORE_NONE : lazy ? QCACHE_SCORE_READ : is_leader ? QCACHE_SCORE_WRITE : QCACHE_SCORE_NONE;
     p.vis_bias             = nullptr;
+    p.v_skip               = lazy ? step.v_skip : 0.0f;
     p.step                 = &step.attn;
     for (int m = 0; m < 2; m++) {
         append.k_offset[m] = layout.k_offset[m][il];

@@ -24,6 +24,7 @@ struct qcache_step {
     const std::vector<int32_t> & leader; // [n_layer]
     enum qcache_lazy_mode        mode;
     const float *                vis_bias; // δ [n_layer][n_head]; NULL: the model's
+    float                        v_skip;   // of lazy layers
     int32_t                      layer_first, layer_end;
     ggml_tensor *                rope_freqs; // on the device of these layers, or NULL
     const qcache_layout &        layout;

@@ -70,6 +70,7 @@ struct qcache_attn_params {
     qcache_q_source q_source[2][2];  // [row modality][key modality]
     qcache_score_op score_op;
     const float *   vis_bias;        // δ [n_head], added to the logits of (text row, visual key) pairs; or NULL
+    float           v_skip;          // share of a row's attention that a lazy decode step may leave out; 0: none
     const qcache_attn_step * step;
 };
 
@@ -81,7 +82,8 @@ bool qcache_kv_type_supported(int32_t type, int32_t head_dim);
 
 // the kernels: q_own and q_leader are [n][n_head][head_dim] f32 (either may be NULL where no row needs it),
 // dst [n_rows][n_head][head_dim] f32. Threads call with ith = 0 .. nth-1; no barrier inside; work is split over
-// (rows, KV heads). wdata: nth * qcache_attn_scratch_bytes(params) bytes.
+// (rows, KV heads), and decode steps over KV blocks too. wdata: nth * qcache_attn_scratch_bytes(params) bytes, which
+// qcache_attn_scratch_init has seen once.
 typedef void (*qcache_attn_fn)(const qcache_attn_params & p, const float * q_own, const float * q_leader, float * dst,
                                uint8_t * wdata, int ith, int nth);
 
@@ -94,6 +96,14 @@ const qcache_attn_kernel * qcache_attn_kernel_scalar();
 const qcache_attn_kernel * qcache_attn_kernel_best(); // of this CPU, found at run time
 
 size_t qcache_attn_scratch_bytes(const qcache_attn_params & p); // per thread
+void   qcache_attn_scratch_init(const qcache_attn_params & p, uint8_t * wdata, int nth);
+
+// V rows (of one KV head) in lazy decode steps with v_skip > 0, since qcache_attn_scratch_init
+struct qcache_attn_v_rows {
+    uint64_t n;         // that there were
+    uint64_t n_skipped; // that were not read
+};
+qcache_attn_v_rows qcache_attn_count_v_rows(const qcache_attn_params & p, const uint8_t * wdata, int nth);
 
 // writing K and V rows into their blocks, quantised as needed
 struct qcache_append_params {

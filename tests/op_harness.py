@@ -39,6 +39,7 @@ class Step(ctypes.Structure):
         ("n_seqs", ctypes.c_int32),
         ("n_score_keys", ctypes.c_int32),
         ("scores", ctypes.c_void_p),
+        ("v_rows", ctypes.c_int64 * 2),
     ]
 
 
@@ -54,6 +55,7 @@ class Layer(ctypes.Structure):
         ("n_own", ctypes.c_int32),
         ("n_k", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("vis_bias", "q_own", "q_leader", "k", "v", "out")),
+        ("v_skip", ctypes.c_float),
     ]
 
 

@@ -59,6 +59,9 @@ def refuses(error: type[Exception], reason: str, file: object = "visual", **argu
         ({"type_v": True}, "type_v=True"),
         ({"attn_impl": "magic"}, "attn_impl='magic'"),
         ({"score_cache": "maybe"}, "score_cache='maybe'"),
+        ({"v_skip": -0.1}, "v_skip=-0.1"),
+        ({"v_skip": 1}, "v_skip=1"),
+        ({"v_skip": float("nan")}, "v_skip=nan"),
         ({"n_batch": 0}, "n_batch=0"),
         ({"n_ubatch": -1}, "n_ubatch=-1"),
         ({"n_ctx": 2**40}, f"n_ctx={2**40}"),
@@ -172,6 +175,8 @@ def test_missing_tensors(tmp_path):
     # global mode left them out, so these layers can't be full
     refuses(UnsupportedError, "attn_[qk]", "global_", lazy_layers="none")
     refuses(UnsupportedError, "attn_[qk]", "global_", lazy_mode="visual")
+    refuses(UnsupportedError, "v_skip 0.1 needs .* got attn_impl 1", "global_", v_skip=0.1, attn_impl="scalar")
+    refuses(UnsupportedError, "v_skip 0.1 needs .* score_cache 1", "global_", v_skip=0.1, score_cache="off")
     with load("global_") as llm:
         assert complete(llm)
 

@@ -68,6 +68,20 @@ def test_two_hundred_tokens_are_hugging_faces(hugging_face, files):
         assert llm._input_ids[n_prompt:].tolist() == output[:199]
 
 
+def test_v_skipping_is_counted_and_changes_little(files):
+    question = [user(QUESTIONS[-2]["question"], HERE / "images" / QUESTIONS[-2]["image"])]
+    skipped = []
+    for v_skip in (0.0, 0.02, 0.2):
+        with Llama(**files, n_ctx=512, n_threads=1, n_threads_batch=1, v_skip=v_skip, block_tokens=16) as llm:
+            answer = ask(llm, question, 60)
+            usage = llm.kv_cache_usage()
+        assert (usage["v_rows"] > 0) == (v_skip > 0) and usage["v_rows_skipped"] <= usage["v_rows"]
+        skipped.append(usage["v_rows_skipped"] / max(1, usage["v_rows"]))
+        exact = answer if v_skip == 0 else exact
+        assert v_skip > 0.02 or answer == exact
+    assert 0 == skipped[0] < skipped[1] < skipped[2]
+
+
 def test_lazy_layers_save_kv_bytes(files):
     with Llama(**files, n_ctx=512, n_threads=1, n_threads_batch=1) as llm:
         ask(llm, [user(QUESTIONS[0]["question"], HERE / "images" / QUESTIONS[0]["image"])])

@@ -241,6 +241,8 @@ def test_kv_usage_is_the_formula(file, mode, type_k, type_v, row_k, row_v):
             "visual_tokens": 0,
             "lazy_layers": lazy,
             "dropped_layers": 0,
+            "v_rows": 0,
+            "v_rows_skipped": 0,
             "lazy_mode": mode,
         }
         llm.reset()

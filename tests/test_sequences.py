@@ -337,6 +337,8 @@ def expected_usage(
         "n_tokens_visual": tokens["v"],
         "n_lazy_layers": lazy,
         "n_dropped_layers": 0,
+        "n_v_rows": 0,
+        "n_v_rows_skipped": 0,
     }
 
 

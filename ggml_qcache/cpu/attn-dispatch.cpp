@@ -43,5 +43,25 @@ size_t qcache_attn_scratch_bytes(const qcache_attn_params & p) {
     n_floats += n_queries * keys;                      // logits
     n_floats += n_queries * dims;                      // accumulated output
     n_floats += 2 * n_queries;                         // running max and sum
-    return n_floats * sizeof(float) + 64;              // slack, to align it
+    n_floats += 2 * QCACHE_ATTN_DIRECT_QUERIES * (dims + 2); // pieces of tasks that other threads have a part in
+    return QCACHE_ATTN_THREAD_BYTES + n_floats * sizeof(float) + 64; // slack, to align it
+}
+
+static qcache_attn_thread * thread_of(const qcache_attn_params & p, const uint8_t * wdata, int ith) {
+    return (qcache_attn_thread *) qcache_attn_scratch_of((uint8_t *) wdata, qcache_attn_scratch_bytes(p), ith);
+}
+
+void qcache_attn_scratch_init(const qcache_attn_params & p, uint8_t * wdata, int nth) {
+    for (int ith = 0; ith < nth; ith++) {
+        *thread_of(p, wdata, ith) = {};
+    }
+}
+
+qcache_attn_v_rows qcache_attn_count_v_rows(const qcache_attn_params & p, const uint8_t * wdata, int nth) {
+    qcache_attn_v_rows sum = {};
+    for (int ith = 0; ith < nth; ith++) {
+        sum.n += thread_of(p, wdata, ith)->v_rows;
+        sum.n_skipped += thread_of(p, wdata, ith)->v_rows_skipped;
+    }
+    return sum;
 }

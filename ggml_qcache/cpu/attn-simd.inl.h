@@ -19,7 +19,8 @@
 // instruction set can replace that of another file at link time.
 //
 // One task is a tile of query rows (same sequence and modality) and one KV head with its GQA group. It walks the blocks
-// of the sequence once with an online softmax. Two paths:
+// of the sequence once with an online softmax. Where all tasks are direct, each thread has an equal share of their blocks,
+// and the last to do its piece of a task merges the pieces. Two paths:
 //   direct  up to 8 queries (decode): each K and V row is read once, converted in registers and used for the whole group
 //           (rows of a group of 8 converted to floats once: 1.1x for q8_0, 0.6x for f16; the matrix path: worse)
 //   matrix  more (prefill): K (transposed) and V of a block are converted to floats once and multiplied by all queries
@@ -85,12 +86,26 @@ struct kv_q4_0 : kv_groups<18> {
     static vf load(const uint8_t * group, int j) { return v_load_i4(group + 2 + j % 16, j >= 16); }
 };
 
+constexpr int      SKIP_ROWS = 8;            // V rows that are read or left out together
+constexpr uint64_t KEEP_ALL  = ~(uint64_t) 0; // bit i: rows SKIP_ROWS i and on are read; the last bit stands for the rest too
+
+inline bool keeps(uint64_t keep, int tile) {
+    return keep >> min_i(tile, 63) & 1;
+}
+
 // What is read next starts another page, where no hardware prefetcher goes by itself: each tile of rows brings as many
 // bytes of it into the cache as it reads.
 struct ahead {
     const uint8_t * next; // NULL at the end
+    uint64_t        keep      = KEEP_ALL;
+    size_t          row_bytes = 0; // of next, where not all is kept
+    size_t          start     = 0;
+
+    ahead from(size_t offset) const { return { next, keep, row_bytes, start + offset }; }
+
     void operator()(size_t offset, size_t n_bytes) const {
-        if (next) {
+        offset += start;
+        if (next && (keep == KEEP_ALL || keeps(keep, (int) (offset / (SKIP_ROWS * row_bytes))))) {
             for (size_t i = 0; i < n_bytes; i += 64) {
                 __builtin_prefetch(next + offset + i, 0, 3);
             }
@@ -487,6 +502,7 @@ inline void scale_row(float * x, int n, float c) {
 //
 
 struct scratch {
+    qcache_attn_thread * thread;
     float * queries;   // [2][DIRECT_QUERIES][dims], direct path; by source
     float * keys;      // [dims][keys], matrix path: K transposed
     float * values;    // [keys][dims], matrix path
@@ -494,11 +510,97 @@ struct scratch {
     float * acc;       // [queries][dims]
     float * max;       // [queries]
     float * sum;       // [queries]
+    float * pieces;    // [2][DIRECT_QUERIES][dims + 2]: acc, max and sum; the first of this thread's blocks and the last
 };
 
+// as qcache_attn_scratch_bytes counts
+inline scratch scratch_of(const qcache_attn_params & p, uint8_t * wdata, int ith) {
+    const size_t n_queries = (size_t) max_i(p.n_head / p.n_head_kv, QCACHE_ATTN_TILE_QUERIES);
+    const size_t dims      = qcache_attn_pad(p.head_dim);
+    const size_t keys      = qcache_attn_pad(p.n_block_tokens);
+    uint8_t *    at        = qcache_attn_scratch_of(wdata, qcache_attn_scratch_bytes(p), ith);
+
+    scratch s;
+    s.thread  = (qcache_attn_thread *) at;
+    s.queries = (float *) (at + QCACHE_ATTN_THREAD_BYTES);
+    s.keys    = s.queries + 2 * DIRECT_QUERIES * dims;
+    s.values  = s.keys + keys * dims;
+    s.logits  = s.values + keys * dims;
+    s.acc     = s.logits + n_queries * keys;
+    s.max     = s.acc + n_queries * dims;
+    s.sum     = s.max + n_queries;
+    s.pieces  = s.sum + n_queries;
+    return s;
+}
+
+// Which V rows of inherited keys are not worth reading. load(b, m, x) gives the logits x of query m in block b, -inf where
+// it sees no key, and returns how many there are, padded to whole vectors.
+struct skipping {
+    float max_share = 0.0f; // of a query's attention; 0: off
+    int   n_keys    = 0;    // inherited ones, of the whole sequence
+    int   n_seen    = 0;
+    float log_sum[DIRECT_QUERIES]; // of the exp of all inherited keys' logits; own keys make the softmax's sum larger, not smaller
+    float skipped[DIRECT_QUERIES]; // share of the attention so far, at most
+
+    template <class F, class L>
+    void start(const qcache_attn_seq & seq, int pos_max, int n_queries, float * x, const F & inherited, const L & load) {
+        for (int ib = 0; ib < seq.n_blocks && seq.blocks[ib].first <= pos_max; ib++) {
+            n_keys += inherited(seq.blocks[ib]) ? min_i(seq.blocks[ib].n, pos_max - seq.blocks[ib].first + 1) : 0;
+        }
+        for (int m = 0; m < n_queries; m++) {
+            float max = -__builtin_inff(), sum = 0.0f;
+            for (int ib = 0; ib < seq.n_blocks && seq.blocks[ib].first <= pos_max; ib++) {
+                if (inherited(seq.blocks[ib])) {
+                    const int n = load(seq.blocks[ib], m, x);
+                    update_softmax(x, n, n, 0.0f, max, sum);
+                }
+            }
+            log_sum[m] = max + __builtin_logf(sum);
+            skipped[m] = 0.0f;
+        }
+    }
+
+    // The share that may be left out accrues with the keys gone by, so that whatever the order of blocks it is never
+    // passed, nor where a task is cut into pieces.
+    template <class L> uint64_t keep(const qcache_attn_block & block, int n_queries, int n, float * x, const L & load) {
+        const int n_tiles = (n + SKIP_ROWS - 1) / SKIP_ROWS;
+        if (n_tiles > 63) {
+            return KEEP_ALL;
+        }
+        float share[64][DIRECT_QUERIES];
+        for (int m = 0; m < n_queries; m++) {
+            const int n_padded = load(block, m, x);
+            for (int i = 0; i < n_padded; i += QV_WIDTH) {
+                v_store(x + i, v_exp(v_sub(v_load(x + i), v_set1(log_sum[m]))));
+            }
+            for (int t = 0; t < n_tiles; t++) {
+                share[t][m] = 0.0f;
+                for (int i = t * SKIP_ROWS; i < min_i((t + 1) * SKIP_ROWS, n); i++) {
+                    share[t][m] += x[i];
+                }
+            }
+        }
+        uint64_t kept = KEEP_ALL;
+        for (int t = 0; t < n_tiles; t++) {
+            n_seen += min_i(SKIP_ROWS, n - t * SKIP_ROWS);
+            const float allowed = max_share * ((float) n_seen / (float) n_keys);
+            bool        skip    = true;
+            for (int m = 0; m < n_queries; m++) {
+                skip = skip && skipped[m] + share[t][m] <= allowed; // NaN is kept
+            }
+            for (int m = 0; m < n_queries && skip; m++) {
+                skipped[m] += share[t][m];
+            }
+            kept &= skip ? ~((uint64_t) 1 << t) : KEEP_ALL;
+        }
+        return kept;
+    }
+};
+
+// blocks first .. end-1 of the task; piece NULL: all of them, and the result goes to dst
 template <class TK, class TV>
 void attn_task(const qcache_attn_params & p, const float * q_own, const float * q_leader, float * dst, const scratch & s, int row0,
-               int n_rows, int kvh) {
+               int n_rows, int kvh, int first, int end, float * piece) {
     const qcache_attn_step & step      = *p.step;
     const qcache_attn_row *  rows      = step.rows + row0;
     const qcache_attn_seq &  seq       = step.seqs[rows[0].seq];
@@ -530,6 +632,16 @@ void attn_task(const qcache_attn_params & p, const float * q_own, const float * 
     }
     bool packed[2] = { false, false };
 
+    // of query m, which sees n_row keys of the block
+    const auto bias_of = [&](const qcache_attn_block & b, int m) {
+        const bool biased = p.vis_bias && modality == QCACHE_MODALITY_TEXT && b.modality == QCACHE_MODALITY_VISUAL;
+        return biased ? p.vis_bias[h0 + m % n_group] : 0.0f;
+    };
+    const auto scores_of = [&](const qcache_attn_block & b, int m) {
+        return step.scores + ((size_t) (row0 + m / n_group) * p.n_head + h0 + m % n_group) * step.n_score_keys + b.first;
+    };
+    const auto n_seen_of = [&](const qcache_attn_block & b, int m) { return max_i(0, min_i(b.n, rows[m / n_group].pos - b.first + 1)); };
+
     const auto reads_scores = [&](const qcache_attn_block & b) {
         return p.score_op == QCACHE_SCORE_READ && p.q_source[modality][b.modality] == QCACHE_Q_LEADER;
     };
@@ -540,11 +652,30 @@ void attn_task(const qcache_attn_params & p, const float * q_own, const float * 
         return b.data + p.v_offset[b.modality] + (size_t) kvh * p.n_block_tokens * TV::row_bytes(head_dim);
     };
 
-    for (int ib = 0; ib < seq.n_blocks && seq.blocks[ib].first <= pos_max; ib++) {
+    skipping   skip;
+    const auto load_scores = [&](const qcache_attn_block & b, int m, float * x) {
+        const int     n_row    = n_seen_of(b, m);
+        const int     n_padded = round_up(min_i(b.n, pos_max - b.first + 1), QV_WIDTH);
+        const float   bias     = bias_of(b, m);
+        const float * scores   = scores_of(b, m);
+        for (int i = 0; i < n_padded; i++) {
+            x[i] = i < n_row ? scores[i] + bias : -__builtin_inff();
+        }
+        return n_padded;
+    };
+    const auto keep_of = [&](const qcache_attn_block & b) {
+        return skip.max_share > 0.0f && reads_scores(b) ? skip.keep(b, n_queries, min_i(b.n, pos_max - b.first + 1), s.keys, load_scores) : KEEP_ALL;
+    };
+    if (p.v_skip > 0.0f && direct && p.score_op == QCACHE_SCORE_READ) {
+        skip.max_share = p.v_skip;
+        skip.start(seq, pos_max, n_queries, s.keys, reads_scores, load_scores);
+    }
+    uint64_t keep = keep_of(seq.blocks[first]);
+
+    for (int ib = first; ib < end; ib++) {
         const qcache_attn_block & block  = seq.blocks[ib];
         const int                 source = p.q_source[modality][block.modality];
         const bool                read   = reads_scores(block);
-        const bool                biased = p.vis_bias && modality == QCACHE_MODALITY_TEXT && block.modality == QCACHE_MODALITY_VISUAL;
         const int                 n      = min_i(block.n, pos_max - block.first + 1); // keys seen by any row
 
         // logits
@@ -579,13 +710,9 @@ void attn_task(const qcache_attn_params & p, const float * q_own, const float * 
 
         // softmax
         for (int m = 0; m < n_queries; m++) {
-            const int h      = h0 + m % n_group;
-            const int n_row  = max_i(0, min_i(n, rows[m / n_group].pos - block.first + 1));
+            const int n_row  = n_seen_of(block, m);
             float *   x      = s.logits + m * stride;
-            float *   scores = nullptr;
-            if (p.score_op != QCACHE_SCORE_NONE) {
-                scores = step.scores + ((size_t) (row0 + m / n_group) * p.n_head + h) * step.n_score_keys + block.first;
-            }
+            float *   scores = p.score_op != QCACHE_SCORE_NONE ? scores_of(block, m) : nullptr;
             if (read) {
                 for (int i = 0; i < n_row; i++) {
                     x[i] = scores[i];
@@ -598,7 +725,7 @@ void attn_task(const qcache_attn_params & p, const float * q_own, const float * 
                     }
                 }
             }
-            const float c = update_softmax(x, n_row, n, biased ? p.vis_bias[h] : 0.0f, s.max[m], s.sum[m]);
+            const float c = update_softmax(x, n_row, n, bias_of(block, m), s.max[m], s.sum[m]);
             if (c != 1.0f) {
                 scale_row(s.acc + m * dims, dims, c);
             }
@@ -606,17 +733,41 @@ void attn_task(const qcache_attn_params & p, const float * q_own, const float * 
 
         // values
         const uint8_t * v = values_of(block);
-        const bool                last = ib + 1 == seq.n_blocks;
+        const bool                last = ib + 1 == end;
         const qcache_attn_block & next = seq.blocks[last ? ib : ib + 1];
-        const ahead               fetch{ last ? nullptr : reads_scores(next) ? values_of(next) : keys_of(next) };
-        if (direct) {
+        const uint64_t            next_keep = last ? KEEP_ALL : keep_of(next);
+        const ahead               fetch{ last ? nullptr : reads_scores(next) ? values_of(next) : keys_of(next), next_keep, TV::row_bytes(head_dim) };
+        if (skip.max_share > 0.0f && read) {
+            const size_t row_bytes = TV::row_bytes(head_dim);
+            for (int i = 0; i < n; i += SKIP_ROWS) {
+                const int n_tile = min_i(SKIP_ROWS, n - i);
+                if (keeps(keep, i / SKIP_ROWS)) {
+                    pv_direct<TV>(v + i * row_bytes, n_tile, s.logits + i, n_queries, stride, head_dim, s.acc, dims, fetch.from(i * row_bytes));
+                } else {
+                    fetch.from(i * row_bytes)(0, n_tile * row_bytes);
+                    s.thread->v_rows_skipped += n_tile;
+                }
+            }
+            s.thread->v_rows += n;
+        } else if (direct) {
             pv_direct<TV>(v, n, s.logits, n_queries, stride, head_dim, s.acc, dims, fetch);
         } else {
             rows_to_float<TV>(v, n, head_dim, s.values, dims, fetch);
             gemm<true>(n_queries, [&](int m) { return s.logits + m * stride; }, s.values, dims, n, s.acc, dims, dims);
         }
+        keep = next_keep;
     }
 
+    if (piece) {
+        for (int m = 0; m < n_queries; m++, piece += dims + 2) {
+            for (int d = 0; d < dims; d++) {
+                piece[d] = s.acc[m * dims + d];
+            }
+            piece[dims]     = s.max[m];
+            piece[dims + 1] = s.sum[m];
+        }
+        return;
+    }
     for (int m = 0; m < n_queries; m++) {
         float *       out = dst + ((size_t) (row0 + m / n_group) * p.n_head + h0 + m % n_group) * head_dim;
         const float   c   = s.sum[m] == 0.0f ? 0.0f : 1.0f / s.sum[m]; // 0: a row that sees no key
@@ -627,40 +778,131 @@ void attn_task(const qcache_attn_params & p, const float * q_own, const float * 
     }
 }
 
+// rows row0 .. of one tile; returns the row after them
+inline int tile_end(const qcache_attn_step & step, int row0, int tile_rows) {
+    int row = row0 + 1;
+    while (row < step.n_rows && row < row0 + tile_rows && step.rows[row].seq == step.rows[row0].seq &&
+           step.rows[row].modality == step.rows[row0].modality) {
+        row++;
+    }
+    return row;
+}
+
+// blocks that any of the rows sees
+inline int n_blocks_of(const qcache_attn_step & step, int row0, int row1) {
+    int n = 0;
+    for (int row = row0; row < row1; row++) {
+        n = max_i(n, step.rows[row].block + 1);
+    }
+    return n;
+}
+
+// The blocks of all tasks, one task after the other, in equal shares: where each thread's begins.
+struct shares {
+    int64_t n_units;
+    int     nth;
+    int64_t begin(int ith) const { return n_units * ith / nth; }
+    int     of(int64_t unit) const { // the thread that has it
+        int ith = (int) (unit * nth / n_units);
+        while (begin(ith + 1) <= unit) {
+            ith++;
+        }
+        return ith;
+    }
+};
+
+// Tells that a piece of the task of units first .. end-1 is done; the last to tell merges them all.
+inline void finish_piece(const qcache_attn_params & p, float * dst, uint8_t * wdata, const shares & split, int64_t first, int64_t end, int row0,
+                         int n_rows, int kvh) {
+    const int first_thread = split.of(first);
+    const int last_thread  = split.of(end - 1);
+    int       n_pieces     = 0;
+    for (int ith = first_thread; ith <= last_thread; ith++) {
+        n_pieces += split.begin(ith) < split.begin(ith + 1);
+    }
+    int * n_arrived = &scratch_of(p, wdata, first_thread).thread->n_arrived;
+    if (__atomic_add_fetch(n_arrived, 1, __ATOMIC_ACQ_REL) < n_pieces) {
+        return;
+    }
+    __atomic_store_n(n_arrived, 0, __ATOMIC_RELAXED); // for the next layer
+
+    const int n_group = p.n_head / p.n_head_kv;
+    const int dims    = (int) qcache_attn_pad(p.head_dim);
+    const auto piece_of = [&](int ith, int m) -> const float * {
+        if (split.begin(ith) == split.begin(ith + 1)) {
+            return nullptr;
+        }
+        const int slot = split.begin(ith) >= first ? 0 : 1;
+        return scratch_of(p, wdata, ith).pieces + (slot * DIRECT_QUERIES + m) * (dims + 2);
+    };
+    for (int m = 0; m < n_rows * n_group; m++) {
+        float * out = dst + ((size_t) (row0 + m / n_group) * p.n_head + kvh * n_group + m % n_group) * p.head_dim;
+        float   max = -__builtin_inff(), sum = 0.0f;
+        for (int ith = first_thread; ith <= last_thread; ith++) {
+            const float * piece = piece_of(ith, m);
+            max                 = piece && piece[dims] > max ? piece[dims] : max;
+        }
+        for (int d = 0; d < p.head_dim; d++) {
+            out[d] = 0.0f;
+        }
+        for (int ith = first_thread; ith <= last_thread; ith++) {
+            const float * piece = piece_of(ith, m);
+            if (piece == nullptr || piece[dims] == -__builtin_inff()) {
+                continue; // no key is seen there
+            }
+            float e[QV_WIDTH];
+            v_store(e, v_exp(v_set1(piece[dims] - max)));
+            sum += e[0] * piece[dims + 1];
+            for (int d = 0; d < p.head_dim; d++) {
+                out[d] += e[0] * piece[d];
+            }
+        }
+        for (int d = 0; d < p.head_dim && sum != 0.0f; d++) {
+            out[d] /= sum;
+        }
+    }
+}
+
 template <class TK, class TV>
 void attn(const qcache_attn_params & p, const float * q_own, const float * q_leader, float * dst, uint8_t * wdata, int ith, int nth) {
     const qcache_attn_step & step      = *p.step;
     const int                n_group   = p.n_head / p.n_head_kv;
     const int                tile_rows = max_i(1, QCACHE_ATTN_TILE_QUERIES / n_group);
-    const size_t             n_queries = (size_t) max_i(n_group, QCACHE_ATTN_TILE_QUERIES);
-    const size_t             dims      = qcache_attn_pad(p.head_dim);
-    const size_t             keys      = qcache_attn_pad(p.n_block_tokens);
+    const scratch            s         = scratch_of(p, wdata, ith);
 
-    // as qcache_attn_scratch_bytes counts
-    wdata += ith * qcache_attn_scratch_bytes(p);
-    wdata += (64 - (uintptr_t) wdata % 64) % 64;
-    scratch s;
-    s.queries = (float *) wdata;
-    s.keys    = s.queries + 2 * DIRECT_QUERIES * dims;
-    s.values  = s.keys + keys * dims;
-    s.logits  = s.values + keys * dims;
-    s.acc     = s.logits + n_queries * keys;
-    s.max     = s.acc + n_queries * dims;
-    s.sum     = s.max + n_queries;
+    shares split = { 0, nth };
+    bool   direct = true;
+    for (int row0 = 0, row1; row0 < step.n_rows; row0 = row1) {
+        row1   = tile_end(step, row0, tile_rows);
+        direct = direct && (row1 - row0) * n_group <= DIRECT_QUERIES;
+        split.n_units += (int64_t) n_blocks_of(step, row0, row1) * p.n_head_kv;
+    }
+    const int64_t mine = split.begin(ith), others = split.begin(ith + 1);
 
-    int task = 0;
-    for (int row0 = 0; row0 < step.n_rows;) {
-        int n_rows = 1;
-        while (n_rows < tile_rows && row0 + n_rows < step.n_rows && step.rows[row0 + n_rows].seq == step.rows[row0].seq &&
-               step.rows[row0 + n_rows].modality == step.rows[row0].modality) {
-            n_rows++;
-        }
-        for (int kvh = 0; kvh < p.n_head_kv; kvh++, task++) {
-            if (task % nth == ith) {
-                attn_task<TK, TV>(p, q_own, q_leader, dst, s, row0, n_rows, kvh);
+    int     task = 0;
+    int64_t unit = 0;
+    for (int row0 = 0, row1; row0 < step.n_rows; row0 = row1) {
+        row1               = tile_end(step, row0, tile_rows);
+        const int n_blocks = n_blocks_of(step, row0, row1);
+        for (int kvh = 0; kvh < p.n_head_kv; kvh++, task++, unit += n_blocks) {
+            if (!direct) {
+                if (task % nth == ith) {
+                    attn_task<TK, TV>(p, q_own, q_leader, dst, s, row0, row1 - row0, kvh, 0, n_blocks, nullptr);
+                }
+                continue;
+            }
+            const int first = (int) (mine > unit ? mine - unit : 0);
+            const int end   = others < unit + n_blocks ? (int) (others - unit) : n_blocks;
+            if (first >= end) {
+                continue;
+            }
+            const bool whole = first == 0 && end == n_blocks;
+            float *    piece = s.pieces + (mine >= unit ? 0 : DIRECT_QUERIES * (qcache_attn_pad(p.head_dim) + 2));
+            attn_task<TK, TV>(p, q_own, q_leader, dst, s, row0, row1 - row0, kvh, first, end, whole ? nullptr : piece);
+            if (!whole) {
+                finish_piece(p, dst, wdata, split, unit, unit + n_blocks, row0, row1 - row0, kvh);
             }
         }
-        row0 += n_rows;
     }
 }
 

@@ -114,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--gpu-layers", type=int, default=0, metavar="N", help="last layers to compute on a GPU, -1: all (default: 0)")
         command.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
         command.add_argument("--lazy-layers", default="auto", metavar="SPEC", help="auto, none, or e.g. 5-7,9-15,drop:20 (default: auto)")
+        command.add_argument(
+            "--v-skip", type=float, default=0.0, metavar="SHARE", help="attention that lazy layers may leave out (default: 0, none)"
+        )
         command.add_argument("--lazy-mode", choices=("visual", "global"), help="which tokens share (default: as the file says)")
     for command, purpose in ((run, "of the cache"), (test, "of the cache"), (look, "to reckon with")):
         for name in ("k", "v"):
@@ -129,6 +132,7 @@ def _run(args: argparse.Namespace) -> None:
         mmproj_path=args.mmproj,
         lazy_layers=args.lazy_layers,
         lazy_mode=args.lazy_mode,
+        v_skip=args.v_skip,
         n_gpu_layers=args.gpu_layers,
         n_ctx=args.n_ctx,
         n_threads=args.threads,
@@ -194,7 +198,7 @@ def _eval(args: argparse.Namespace) -> None:
         models = []
         if args.against is not None:
             models.append(("untouched", stack.enter_context(Llama(args.against, lazy_layers="none", **kept))))
-        lazy = {"lazy_layers": args.lazy_layers, "lazy_mode": args.lazy_mode, "type_k": args.type_k, "type_v": args.type_v}
+        lazy = {"lazy_layers": args.lazy_layers, "lazy_mode": args.lazy_mode, "v_skip": args.v_skip, "type_k": args.type_k, "type_v": args.type_v}
         models.append((os.path.basename(args.model), stack.enter_context(Llama(args.model, **lazy, **kept))))
         rows = evaluate(models, tqdm(items, unit="question", disable=args.no_progress), args.max_tokens)
     if args.json:

@@ -62,6 +62,7 @@ class Llama(base.Llama):
         block_tokens: int = 32,
         attn_impl: str = "auto",
         score_cache: str = "auto",
+        v_skip: float = 0.0,
         logits_all: bool = False,
         last_n_tokens_size: int = 64,
         chat_format: Optional[str] = None,
@@ -100,6 +101,8 @@ class Llama(base.Llama):
             attn_impl: ``"auto"``: the best kernel of this CPU. ``"scalar"``: the reference. ``"composed"``: ggml's
                 operations alone.
             score_cache: ``"auto"``, ``"off"`` or ``"on"``: whether lazy layers reuse the leader's logits.
+            v_skip: Share of the attention, 0 to 1, that lazy layers may leave out when they generate: V of the least attended
+                tokens isn't read. ``kv_cache_usage()`` tells how much of it was. On the CPU alone.
             logits_all: Keep the logits of every token; needed for log-probabilities.
             last_n_tokens_size: Tokens that repetition penalties look back on.
             chat_format: A named format of llama_cpp, instead of the file's chat template. It places no images.
@@ -145,6 +148,7 @@ class Llama(base.Llama):
                 block_tokens=block_tokens,
                 attn_impl=attn_impl,
                 score_cache=score_cache,
+                v_skip=v_skip,
             )
             self._load_vocabulary(tokenizer)
             self._n_ctx = self._context.n_ctx
@@ -277,7 +281,8 @@ class Llama(base.Llama):
             ``bytes`` in use; ``bytes_if_full``, what the same tokens would take with every layer full; ``bytes_max``,
             the limit (0: none); ``blocks``, ``blocks_text``, ``blocks_visual``; ``block_tokens`` in a block;
             ``bytes_block_text``, ``bytes_block_visual``, ``bytes_block_full`` of one block; ``text_tokens``,
-            ``visual_tokens``; ``lazy_layers`` and ``dropped_layers``, how many; ``lazy_mode``.
+            ``visual_tokens``; ``lazy_layers`` and ``dropped_layers``, how many; ``lazy_mode``; ``v_rows`` that lazy layers
+            came by with ``v_skip``, and ``v_rows_skipped`` of them, since the model was loaded.
         """
         usage = self._context.kv_usage()
         return {
@@ -295,6 +300,8 @@ class Llama(base.Llama):
             "visual_tokens": usage["n_tokens_visual"],
             "lazy_layers": usage["n_lazy_layers"],
             "dropped_layers": usage["n_dropped_layers"],
+            "v_rows": usage["n_v_rows"],
+            "v_rows_skipped": usage["n_v_rows_skipped"],
             "lazy_mode": self.lazy.mode,
         }
 

@@ -252,6 +252,7 @@ class Context:
         n_layers: int = 0,
         attn_impl: str = "auto",
         score_cache: str = "auto",
+        v_skip: float = 0.0,
     ) -> None:
         """Creates a context.
 
@@ -276,6 +277,8 @@ class Context:
                 ``captured`` gives.
             attn_impl: ``"auto"``, ``"scalar"`` or ``"composed"``.
             score_cache: ``"auto"``, ``"off"`` or ``"on"``.
+            v_skip: Share of a row's attention, from 0 to under 1, that lazy layers may leave out when they decode: V of the least
+                attended keys isn't read, and their output is off by at most ``v_skip`` times the largest ``|v|``.
 
         Raises:
             ValueError: A name or number that isn't one of those above.
@@ -314,6 +317,9 @@ class Context:
             params.n_vis_bias = offsets.size
         params.attn_impl = choice("attn_impl", attn_impl, ATTN_IMPLS)
         params.score_cache = choice("score_cache", score_cache, SCORE_CACHES)
+        if not 0 <= v_skip < 1:
+            raise ValueError(f"v_skip={v_skip} is not a share of the attention, from 0 to under 1")
+        params.v_skip = v_skip
 
         out = ffi.new("qcache_context_t **")
         check(lib.qcache_context_init(model.handle, params, out))

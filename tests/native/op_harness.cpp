@@ -143,6 +143,7 @@ struct harness_step {
     int32_t                   n_seqs;
     int32_t                   n_score_keys; // 0: no score cache
     float *                   scores;       // out [n_rows][n_head][n_score_keys], or NULL
+    int64_t                   v_rows[2];    // out: of decode steps with v_skip, all and skipped
 };
 
 struct harness_layer {
@@ -161,6 +162,7 @@ struct harness_layer {
     const float * k;
     const float * v;                  // NULL: nothing is appended
     float *       out;                // [n_rows][n_head * head_dim]
+    float         v_skip;
 };
 
 HARNESS_API const char * harness_error() {
@@ -202,7 +204,7 @@ HARNESS_API int32_t harness_type_supported(int32_t type, int32_t head_dim) {
 
 // Appends and attends, layer after layer, in one graph, n_runs times. -1 with harness_error() when a constructor
 // refuses, -2 when the graph fails, -3 when a guard was overwritten.
-HARNESS_API int32_t harness_run(harness * h, const harness_step * hs, const harness_layer * layers, int32_t n_layers,
+HARNESS_API int32_t harness_run(harness * h, harness_step * hs, const harness_layer * layers, int32_t n_layers,
                                 const char * kernel_name, int32_t n_threads, int32_t n_runs) {
     const std::string name     = kernel_name;
     const bool        composed = name == "composed";
@@ -272,6 +274,7 @@ HARNESS_API int32_t harness_run(harness * h, const harness_step * hs, const harn
         p.scale                  = l.scale;
         p.score_op               = (qcache_score_op) l.score_op;
         p.vis_bias               = l.vis_bias;
+        p.v_skip                 = l.v_skip;
         p.step                   = &step;
         for (int m = 0; m < 2; m++) {
             a.k_offset[m] = l.append_k_offset[m] < 0 ? SIZE_MAX : (size_t) l.append_k_offset[m];
@@ -287,6 +290,9 @@ HARNESS_API int32_t harness_run(harness * h, const harness_step * hs, const harn
         const bool valid = l.n_head_kv > 0 && l.n_head >= l.n_head_kv && l.head_dim > 0 && l.n_block_tokens > 0;
         scratch.emplace_back(new guarded(valid ? qcache_attn_scratch_bytes(p) * n_threads : 0));
         nodes[il].wdata = scratch.back()->data();
+        if (valid) {
+            qcache_attn_scratch_init(p, nodes[il].wdata, n_threads);
+        }
 
         q_own.push_back(input(ctx.get(), l.q_own, l.head_dim, l.n_head, l.n_own));
         q_leader.push_back(input(ctx.get(), l.q_leader, l.head_dim, l.n_head, hs->n_rows));
@@ -344,6 +350,9 @@ HARNESS_API int32_t harness_run(harness * h, const harness_step * hs, const harn
     }
     for (int32_t il = 0; il < n_layers; il++) {
         memcpy(layers[il].out, out[il]->data, ggml_nbytes(out[il]));
+        const qcache_attn_v_rows v_rows = qcache_attn_count_v_rows(nodes[il].params, nodes[il].wdata, n_threads);
+        hs->v_rows[0] += (int64_t) v_rows.n;
+        hs->v_rows[1] += (int64_t) v_rows.n_skipped;
     }
     if (hs->scores) {
         memcpy(hs->scores, scores.data(), n_scores * sizeof(float));
