@@ -251,7 +251,7 @@ def test_block_sizes(portions, block_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("attn_impl", ["auto", "scalar", "composed"])
-def test_threads_change_nothing(core_models: CoreModels, attn_impl: str) -> None:
+def test_threads_change_nothing_but_rounding(core_models: CoreModels, attn_impl: str) -> None:
     native = core_models["llama-gqa-32"].native
     prompt = make_prompt(native, TWO_IMAGES)
 
@@ -262,7 +262,9 @@ def test_threads_change_nothing(core_models: CoreModels, attn_impl: str) -> None
         return np.concatenate([start, decode(context, prompt[70:71]), decode(context, prompt[71:])])
 
     one, two, three = logits(1, 1), logits(2, 3), logits(3, 2)
-    assert np.array_equal(one, two) and np.array_equal(one, three)
+    for other in (two, three):
+        assert_close(other, one, "rounding")
+        assert attn_impl == "auto" or np.array_equal(one, other)
 
 
 #
