@@ -18,7 +18,7 @@ import quality_report
 KINDS = ("decode", "quality", "conversion")
 _COLUMNS = (
     "context", "sequences", "method", "ms per step", "IQR", "tokens/s", "KV MB", "KV GB/s", "of bandwidth",
-    "x llama.cpp's best", "x lazy off",
+    "x llama.cpp's best", "its limit", "x lazy off",
 )  # fmt: skip
 
 
@@ -85,12 +85,12 @@ def _method(row: dict[str, Any]) -> str:
 
 def _decode_cells(row: dict[str, Any]) -> list[str]:
     def shown(key: str, digits: int, factor: float = 1.0, unit: str = "") -> str:
-        return "" if row[key] is None else f"{factor * row[key]:.{digits}f}{unit}"
+        return "" if row.get(key) is None else f"{factor * row[key]:.{digits}f}{unit}"
 
     return [
         str(row["context"]), str(row["n_seq"]), _method(row), shown("ms_per_step", 1), shown("ms_iqr", 1), shown("tokens_per_s", 1),
         shown("kv_bytes", 0, 1e-6), shown("kv_gbps", 1), shown("bandwidth_share", 0, 100, " %"), shown("ratio_peer", 2),
-        shown("ratio_lazy_off", 2),
+        shown("ratio_peer_limit", 2), shown("ratio_lazy_off", 2),
     ]  # fmt: skip
 
 
