@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ggml_qcache_convert.outtypes import OUTTYPES
-from ggml_qcache_convert.writer import AtomicFiles
-from machine import commit, machine, versions
+from machine import facts, write_result
 from make_checkpoint import LLAVA_1_5, make_checkpoint
 
 # Linux's VmHWM, not ru_maxrss: a child starts with its parent's
@@ -107,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     outtypes = args.outtypes.split(",")
     if unknown := [outtype for outtype in outtypes if outtype not in OUTTYPES]:
         p.error(f"outtype {unknown[0]!r} is not one of {', '.join(OUTTYPES)}")
+    result = facts("conversion", argv)
     rows: list[dict[str, Any]] = []
     disk: dict[str, float] = {}
     for n_layer in map(int, args.layers.split(",")):
@@ -124,14 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"peak {row['peak_bytes'] / 1e6:.0f} MB over the start",
                     flush=True,
                 )
-    result = {
-        "benchmark": "conversion", "commit": commit(), "machine": machine(), "versions": versions(), "preset": args.preset, "disk": disk,
-        "command": " ".join(["bench_conversion.py", *(sys.argv[1:] if argv is None else argv)]), "rows": rows,
-    }  # fmt: skip
     if args.json:
-        with AtomicFiles([args.json]) as files:
-            files.path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-            files.commit()
+        write_result({**result, "preset": args.preset, "disk": disk, "rows": rows}, args.json)
     return 0
 
 
