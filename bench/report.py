@@ -47,11 +47,11 @@ def conversion(result: dict[str, Any]) -> str:
         f"Shapes of {result['preset']}, f16 checkpoint. {machine['cpu']}, {machine['cores']} cores; the disk reads {disk['read'] / 1e6:.0f} MB/s "
         f"and writes {disk['write'] / 1e6:.0f} MB/s. Commit {result['commit']}; `{result['command']}`. Load at the start {machine['load'][0]}."
     )
-    columns = ("layers", "outtype", "read GB", "written GB", "seconds", "MB/s read", "of the disk's speed", "peak memory MB")
+    columns = ("layers", "outtype", "read GB", "written GB", "seconds, median", "least to most", "MB/s read", "of the disk's speed", "peak memory MB")
     cells = (
         [
             str(row["n_layer"]), row["outtype"], f"{row['read_bytes'] / 1e9:.2f}", f"{row['written_bytes'] / 1e9:.2f}", f"{row['seconds']:.1f}",
-            f"{row['read_bytes'] / row['seconds'] / 1e6:.0f}", f"{100 * row['disk_share']:.0f} %", f"{row['peak_bytes'] / 1e6:.0f}",
+            "{:.1f} to {:.1f}".format(*row["seconds_range"]), f"{row['read_bytes'] / row['seconds'] / 1e6:.0f}", f"{100 * row['disk_share']:.0f} %", f"{row['peak_bytes'] / 1e6:.0f}",
         ]
         for row in result["rows"]
     )  # fmt: skip
