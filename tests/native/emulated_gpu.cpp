@@ -86,7 +86,7 @@ bool synchronize(void *) {
     return true;
 }
 
-const qcache_gpu_i runtime = { "emulated", init, free_, enter, leave, upload, workspace, launch, synchronize };
+const qcache_gpu_i runtime = { "emulated", QG_TILE_ROWS, qg_prefill_shared, init, free_, enter, leave, upload, workspace, launch, synchronize };
 
 } // namespace
 
