@@ -14,8 +14,6 @@
 
 #include "kv.h"
 
-#include <math.h>
-
 constexpr int QG_TILE_ROWS = 64; // query rows of a tile
 
 QG_BOTH constexpr int qg_prefill_keys(int dim) { return dim > 128 ? 16 : 32; } // of a tile of K and V
@@ -94,7 +92,7 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_prefi
                 const int token = i / (DIM / 8), chunk = i % (DIM / 8);
                 float     x[8] = {};
                 if (base + token < n && 8 * chunk < p.head_dim) {
-                    qg_load8<TYPE_K>(k + (uint64_t) (base + token) * p.k_row_bytes, chunk, x);
+                    qg_load8(TYPE_K, k + (uint64_t) (base + token) * p.k_row_bytes, chunk, x);
                 }
                 *(qg_u4 *) (shared_k + token * STRIDE + 8 * chunk) = { qg_pair(x[0], x[1]), qg_pair(x[2], x[3]), qg_pair(x[4], x[5]),
                                                                        qg_pair(x[6], x[7]) };
@@ -103,7 +101,7 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_prefi
                 const int token = i % KEYS, chunk = i / KEYS;
                 float     x[8] = {};
                 if (base + token < n && 8 * chunk < p.head_dim) {
-                    qg_load8<TYPE_V>(v + (uint64_t) (base + token) * p.v_row_bytes, chunk, x);
+                    qg_load8(TYPE_V, v + (uint64_t) (base + token) * p.v_row_bytes, chunk, x);
                 }
                 QG_UNROLL
                 for (int e = 0; e < 8; e++) {
