@@ -1,0 +1,395 @@
+// metal_emulation.cpp: threadgroups of a Metal function on the CPU; see metal_emulation.h
+
+#include "metal_emulation.h"
+
+#include "fibers.h"
+#include "gpu/simt.h"
+#include "metal_functions.h"
+#include "metal_races.h"
+#include "metal_shim/metal_shim.h"
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+#include <numeric>
+#include <random>
+
+namespace {
+
+constexpr int MAX_THREADGROUP_MEMORY = 32 * 1024;
+constexpr int MEM_THREADGROUP        = 2; // metal::mem_flags
+
+// what a lane brings to a function of its SIMD group
+struct lane_call {
+    const char *  function = nullptr;
+    uint32_t      word = 0, result = 0; // also a mask, or flags
+    float *       d = nullptr;
+    const float * a = nullptr, * b = nullptr, * c = nullptr;
+    const void *  memory = nullptr;
+    uint64_t      per_row = 0, x = 0, y = 0;
+    bool          transposed = false;
+};
+
+class dispatch {
+  public:
+    dispatch(int n_threads, int n_shared, const void * args, size_t n_args)
+        : n_threads(n_threads), n_shared(n_shared), shared(n_shared + 2 * GUARD), shared_checker(n_shared),
+          args((const uint8_t *) args, (const uint8_t *) args + n_args) {
+        // no program may know which lane holds which element of a matrix
+        static std::mt19937 random(1);
+        std::iota(place, place + 64, 0);
+        std::shuffle(place, place + 64, random);
+        shared_begin = (uintptr_t) shared.data() + GUARD;
+        shared_begin = (shared_begin + 15) / 16 * 16;
+    }
+
+    void run(const metal_function & function, const int grid[3]) {
+        for (group[2] = 0; group[2] < grid[2]; group[2]++) {
+            for (group[1] = 0; group[1] < grid[1]; group[1]++) {
+                for (group[0] = 0; group[0] < grid[0]; group[0]++) {
+                    first_thread = (((int64_t) group[2] * grid[1] + group[1]) * grid[0] + group[0]) * n_threads;
+                    shared_checker.begin();
+                    std::fill(shared.begin(), shared.end(), (uint8_t) 0xff);
+                    std::fill(n_barriers, n_barriers + fibers::MAX_THREADS, 0);
+                    std::fill(n_done, n_done + fibers::MAX_THREADS / 32, 0);
+                    n_barriers_done = 0;
+                    threads.run(n_threads, [&](int i) { function.call(args.data(), (uint8_t *) shared_begin, group, i % 32, i / 32); });
+                }
+            }
+        }
+    }
+
+    // a load or store of the running thread; aligned: the type's alignment is its size
+    void access(const void * p, unsigned size, bool write, bool aligned) {
+        if (threads.on_stack(p)) {
+            return;
+        }
+        if (aligned && (uintptr_t) p % size != 0) {
+            fail("a misaligned " + std::string(write ? "store" : "load") + " of " + std::to_string(size) + " bytes");
+        }
+        touch(p, size, write, threads.running());
+    }
+
+    void threadgroup_barrier(int flags) {
+        const int i = threads.running();
+        lanes[i].word     = (uint32_t) flags;
+        const int number  = ++n_barriers[i];
+        threads.barrier(i);
+        if (n_barriers_done == number) {
+            return;
+        }
+        n_barriers_done = number; // the first to go on
+        for (int j = 0; j < n_threads; j++) {
+            if (lanes[j].word != (uint32_t) flags) {
+                fail("a threadgroup_barrier with different flags");
+            }
+        }
+        if (flags & MEM_THREADGROUP) {
+            shared_checker.threadgroup_barrier();
+        }
+    }
+
+    // All lanes of a SIMD group come here with the same function; the first to go on calls job(lanes) for all of them.
+    template <class Job> lane_call & together(const lane_call & mine, const Job & job) {
+        const int i = threads.running(), warp = i / 32;
+        lanes[i] = mine;
+        threads.meet(i);
+        if (n_done[warp] != threads.n_meetings(i)) {
+            n_done[warp] = threads.n_meetings(i);
+            for (int j = 32 * warp; j < 32 * warp + 32; j++) {
+                const lane_call & l = lanes[j];
+                if (strcmp(l.function, mine.function) != 0 || l.memory != mine.memory || l.per_row != mine.per_row || l.x != mine.x ||
+                    l.y != mine.y || l.transposed != mine.transposed) {
+                    fail("lanes of a SIMD group are in " + std::string(mine.function) + " and " + l.function + ", or with different arguments");
+                }
+            }
+            job(lanes + 32 * warp, warp);
+        }
+        return lanes[i];
+    }
+
+    void gather(const lane_call * of, const float * lane_call::*matrix, float * elements) const {
+        for (int e = 0; e < 64; e++) {
+            elements[e] = (of[place[e] / 2].*matrix)[place[e] % 2];
+        }
+    }
+
+    void scatter(lane_call * to, const float * elements) const {
+        for (int e = 0; e < 64; e++) {
+            to[place[e] / 2].d[place[e] % 2] = elements[e];
+        }
+    }
+
+    // by a function of a whole SIMD group
+    void touch_together(const void * p, unsigned size, bool write, int warp) {
+        if ((uintptr_t) p % size != 0) {
+            fail("a matrix that is not aligned to its elements");
+        }
+        touch(p, size, write, shared_memory_checker::ALL_LANES, warp);
+    }
+
+    [[noreturn]] void fail(const std::string & what) {
+        threads.fail(what + ", thread " + std::to_string(threads.running()) + " of threadgroup (" + std::to_string(group[0]) + ", " +
+                     std::to_string(group[1]) + ", " + std::to_string(group[2]) + ")");
+    }
+
+    shared_memory_checker & checker() { return shared_checker; }
+
+  private:
+    static constexpr int GUARD = 64 << 10; // bytes around threadgroup memory
+
+    void touch(const void * p, unsigned size, bool write, int thread, int warp = -1) {
+        const auto a  = (uintptr_t) p;
+        const auto at = (int64_t) (a - shared_begin);
+        if (at >= -(GUARD - 16) && at < n_shared + GUARD - 16) {
+            int other = 0;
+            if (at < 0 || at + size > n_shared) {
+                fail("byte " + std::to_string(at) + " is outside the " + std::to_string(n_shared) + " of threadgroup memory");
+            }
+            if (size == 1) {
+                fail("a byte of threadgroup memory is touched: the checker knows no less than two");
+            }
+            const char * wrong = shared_checker.access((int) at, (int) size, write, thread, warp < 0 ? thread / 32 : warp, other);
+            if (wrong != nullptr) {
+                fail("race: byte " + std::to_string(at) + " of threadgroup memory " + wrong + " (the other: " + std::to_string(other) + ")");
+            }
+            return;
+        }
+        if (write && a + size > (uintptr_t) args.data() && a < (uintptr_t) args.data() + args.size()) {
+            fail("the arguments are written to");
+        }
+        int64_t      other = 0;
+        const char * wrong = device_checker.access(a, size, write, first_thread + threads.running(), other);
+        if (wrong != nullptr) {
+            fail(std::string("race: device memory ") + wrong + " (the other: " + std::to_string(other) + " of the dispatch)");
+        }
+    }
+
+    const int             n_threads, n_shared;
+    fibers                threads;
+    std::vector<uint8_t>  shared;
+    uintptr_t             shared_begin;
+    shared_memory_checker shared_checker;
+    device_memory_checker device_checker;
+    std::vector<uint8_t>  args;
+    int                   group[3] = {};
+    int64_t               first_thread = 0;
+    lane_call             lanes[fibers::MAX_THREADS];
+    int                   place[64]; // of a matrix' elements: lane * 2 + which
+    int                   n_barriers[fibers::MAX_THREADS];
+    int                   n_barriers_done = 0;
+    uint64_t              n_done[fibers::MAX_THREADS / 32];
+};
+
+dispatch * active = nullptr;
+
+} // namespace
+
+bool metal_emulate(const char * entry, const std::map<int, int> & function_constants, const int grid[3], int threads, int threadgroup_bytes,
+                   const void * bytes0, size_t n_bytes0, std::string & error) {
+    static std::mutex           mutex;
+    std::lock_guard<std::mutex> lock(mutex);
+    error.clear();
+    const metal_function * function = nullptr;
+    for (int i = 0; i < n_metal_functions; i++) {
+        function = strcmp(metal_functions[i].name, entry) == 0 ? &metal_functions[i] : function;
+    }
+    if (function == nullptr) {
+        error = std::string("there is no function ") + entry;
+    } else if (n_bytes0 != function->args_bytes) {
+        error = std::string(entry) + ": " + std::to_string(n_bytes0) + " bytes of arguments, expected " + std::to_string(function->args_bytes);
+    } else if (threads < 32 || threads > fibers::MAX_THREADS || threads % 32 != 0) {
+        error = std::string(entry) + ": " + std::to_string(threads) + " threads in a threadgroup";
+    } else if (threadgroup_bytes < 0 || threadgroup_bytes > MAX_THREADGROUP_MEMORY || threadgroup_bytes % 16 != 0) {
+        error = std::string(entry) + ": " + std::to_string(threadgroup_bytes) + " bytes of threadgroup memory";
+    } else if (grid[0] < 1 || grid[1] < 1 || grid[2] < 1) {
+        error = std::string(entry) + ": an empty grid";
+    }
+    for (int i = 0; i < METAL_N_CONSTANTS && error.empty(); i++) {
+        const auto found = function_constants.find(i);
+        if (found == function_constants.end()) {
+            error = std::string(entry) + ": function constant " + std::to_string(i) + " has no value";
+        } else {
+            metal_function_constants[i] = found->second;
+        }
+    }
+    if (!error.empty()) {
+        return false;
+    }
+    dispatch d(threads, threadgroup_bytes, bytes0, n_bytes0);
+    active = &d;
+    try {
+        d.run(*function, grid);
+    } catch (const std::exception & e) {
+        error = std::string(entry) + ": " + e.what();
+    }
+    active = nullptr;
+    return error.empty();
+}
+
+//
+// what metal_stdlib calls
+//
+
+namespace metal_shim {
+
+float    half_to_float(uint16_t bits) { return qg_from_half(bits); }
+uint16_t float_to_half(float x) { return qg_to_half(x); }
+
+void threadgroup_barrier(int flags) {
+    active->threadgroup_barrier(flags);
+}
+
+void simdgroup_barrier(int flags) {
+    lane_call mine;
+    mine.function = "simdgroup_barrier";
+    mine.word     = (uint32_t) flags;
+    active->together(mine, [&](lane_call * lanes, int warp) {
+        for (int i = 0; i < 32; i++) {
+            if (lanes[i].word != (uint32_t) flags) {
+                active->fail("a simdgroup_barrier with different flags");
+            }
+        }
+        if (flags & MEM_THREADGROUP) {
+            active->checker().simdgroup_barrier(warp);
+        }
+    });
+}
+
+uint32_t shuffle_xor(uint32_t word, unsigned mask) {
+    lane_call mine;
+    mine.function = "simd_shuffle_xor";
+    mine.word     = word;
+    mine.x        = mask;
+    return active->together(mine, [&](lane_call * lanes, int) {
+        for (unsigned i = 0; i < 32; i++) {
+            lanes[i].result = lanes[i ^ mask].word;
+        }
+    }).result;
+}
+
+bool any(bool x) {
+    lane_call mine;
+    mine.function = "simd_any";
+    mine.word     = x;
+    return active->together(mine, [&](lane_call * lanes, int) {
+        const bool result = std::any_of(lanes, lanes + 32, [](const lane_call & l) { return l.word != 0; });
+        for (int i = 0; i < 32; i++) {
+            lanes[i].result = result;
+        }
+    }).result != 0;
+}
+
+void fill(float * elements, float value) {
+    elements[0] = elements[1] = value;
+}
+
+void load(float * elements, const void * from, int element_bytes, uint64_t per_row, uint64_t x, uint64_t y, bool transposed) {
+    lane_call mine;
+    mine.function   = "simdgroup_load";
+    mine.d          = elements;
+    mine.memory     = from;
+    mine.per_row    = per_row;
+    mine.x          = x;
+    mine.y          = y;
+    mine.transposed = transposed;
+    active->together(mine, [&](lane_call * lanes, int warp) {
+        float values[64];
+        for (int row = 0; row < 8; row++) {
+            for (int column = 0; column < 8; column++) {
+                const uint8_t * p = (const uint8_t *) from + ((y + row) * per_row + x + column) * element_bytes;
+                active->touch_together(p, element_bytes, false, warp);
+                float & value = values[transposed ? column * 8 + row : row * 8 + column];
+                if (element_bytes == 2) {
+                    value = qg_from_half(*(const uint16_t *) p);
+                } else {
+                    value = *(const float *) p;
+                }
+            }
+        }
+        active->scatter(lanes, values);
+    });
+}
+
+void store(const float * elements, void * to, int element_bytes, uint64_t per_row, uint64_t x, uint64_t y, bool transposed) {
+    lane_call mine;
+    mine.function   = "simdgroup_store";
+    mine.a          = elements;
+    mine.memory     = to;
+    mine.per_row    = per_row;
+    mine.x          = x;
+    mine.y          = y;
+    mine.transposed = transposed;
+    active->together(mine, [&](lane_call * lanes, int warp) {
+        float values[64];
+        active->gather(lanes, &lane_call::a, values);
+        for (int row = 0; row < 8; row++) {
+            for (int column = 0; column < 8; column++) {
+                uint8_t * p = (uint8_t *) to + ((y + row) * per_row + x + column) * element_bytes;
+                active->touch_together(p, element_bytes, true, warp);
+                const float value = values[transposed ? column * 8 + row : row * 8 + column];
+                if (element_bytes == 2) {
+                    *(uint16_t *) p = qg_to_half(value);
+                } else {
+                    *(float *) p = value;
+                }
+            }
+        }
+    });
+}
+
+void multiply_add(float * d, const float * a, const float * b, const float * c) {
+    lane_call mine;
+    mine.function = c != nullptr ? "simdgroup_multiply_accumulate" : "simdgroup_multiply";
+    mine.d        = d;
+    mine.a        = a;
+    mine.b        = b;
+    mine.c        = c;
+    active->together(mine, [&](lane_call * lanes, int) {
+        float left[64], right[64], sums[64] = {};
+        active->gather(lanes, &lane_call::a, left);
+        active->gather(lanes, &lane_call::b, right);
+        if (c != nullptr) {
+            active->gather(lanes, &lane_call::c, sums);
+        }
+        for (int row = 0; row < 8; row++) {
+            for (int k = 0; k < 8; k++) {
+                for (int column = 0; column < 8; column++) {
+                    sums[row * 8 + column] += left[row * 8 + k] * right[k * 8 + column];
+                }
+            }
+        }
+        active->scatter(lanes, sums);
+    });
+}
+
+} // namespace metal_shim
+
+//
+// what GCC's instrumentation calls
+//
+
+static void access(const void * p, unsigned size, bool write, bool aligned) {
+    if (active != nullptr) {
+        active->access(p, size, write, aligned);
+    }
+}
+
+#define TSAN_ACCESS(SIZE)                                                                                                        \
+    void __tsan_read##SIZE(void * p) { access(p, SIZE, false, true); }                                                          \
+    void __tsan_write##SIZE(void * p) { access(p, SIZE, true, true); }                                                          \
+    void __tsan_unaligned_read##SIZE(void * p) { access(p, SIZE, false, false); }                                               \
+    void __tsan_unaligned_write##SIZE(void * p) { access(p, SIZE, true, false); }
+
+extern "C" {
+void __tsan_init() {}
+void __tsan_func_entry(void *) {}
+void __tsan_func_exit() {}
+void __tsan_read_range(void * p, unsigned long size) { access(p, (unsigned) size, false, false); }
+void __tsan_write_range(void * p, unsigned long size) { access(p, (unsigned) size, true, false); }
+TSAN_ACCESS(1)
+TSAN_ACCESS(2)
+TSAN_ACCESS(4)
+TSAN_ACCESS(8)
+TSAN_ACCESS(16)
+}
