@@ -11,23 +11,19 @@
 #include <algorithm>
 #include <cstring>
 #include <mutex>
-#include <numeric>
-#include <random>
 
 namespace {
 
 constexpr int MAX_THREADGROUP_MEMORY = 32 * 1024;
 constexpr int MEM_THREADGROUP        = 2; // metal::mem_flags
 
-// what a lane brings to a function of its SIMD group
+enum simd_function { BARRIER, SHUFFLE_XOR, ANY, FILL, LOAD, STORE, MULTIPLY, MULTIPLY_ACCUMULATE };
+
+// What a lane brings to an exchange, on its own stack: it waits while the exchange is made.
 struct lane_call {
-    const char *  function = nullptr;
-    uint32_t      word = 0, result = 0; // also a mask, or flags
-    float *       d = nullptr;
-    const float * a = nullptr, * b = nullptr, * c = nullptr;
-    const void *  memory = nullptr;
-    uint64_t      per_row = 0, x = 0, y = 0;
-    bool          transposed = false;
+    simd_function function;
+    uint32_t      argument; // the same for all lanes
+    uint32_t      word;     // in and out
 };
 
 class dispatch {
@@ -35,10 +31,6 @@ class dispatch {
     dispatch(int n_threads, int n_shared, const void * args, size_t n_args)
         : n_threads(n_threads), n_shared(n_shared), shared(n_shared + 2 * GUARD), shared_checker(n_shared),
           args((const uint8_t *) args, (const uint8_t *) args + n_args) {
-        // no program may know which lane holds which element of a matrix
-        static std::mt19937 random(1);
-        std::iota(place, place + 64, 0);
-        std::shuffle(place, place + 64, random);
         shared_begin = (uintptr_t) shared.data() + GUARD;
         shared_begin = (shared_begin + 15) / 16 * 16;
     }
@@ -52,8 +44,14 @@ class dispatch {
                     std::fill(shared.begin(), shared.end(), (uint8_t) 0xff);
                     std::fill(n_barriers, n_barriers + fibers::MAX_THREADS, 0);
                     std::fill(n_done, n_done + fibers::MAX_THREADS / 32, 0);
+                    std::fill(history, history + fibers::MAX_THREADS, 0);
                     n_barriers_done = 0;
                     threads.run(n_threads, [&](int i) { function.call(args.data(), (uint8_t *) shared_begin, group, i % 32, i / 32); });
+                    for (int warp = 0; warp < n_threads / 32; warp++) {
+                        if (!same_history(warp)) {
+                            throw std::runtime_error(DIFFERENT_HISTORY);
+                        }
+                    }
                 }
             }
         }
@@ -71,8 +69,8 @@ class dispatch {
     }
 
     void threadgroup_barrier(int flags) {
-        const int i = threads.running();
-        lanes[i].word     = (uint32_t) flags;
+        const int i       = threads.running();
+        barrier_flags[i]  = flags;
         const int number  = ++n_barriers[i];
         threads.barrier(i);
         if (n_barriers_done == number) {
@@ -80,8 +78,13 @@ class dispatch {
         }
         n_barriers_done = number; // the first to go on
         for (int j = 0; j < n_threads; j++) {
-            if (lanes[j].word != (uint32_t) flags) {
+            if (barrier_flags[j] != flags) {
                 fail("a threadgroup_barrier with different flags");
+            }
+        }
+        for (int warp = 0; warp < n_threads / 32; warp++) {
+            if (!same_history(warp)) {
+                fail(DIFFERENT_HISTORY);
             }
         }
         if (flags & MEM_THREADGROUP) {
@@ -89,43 +92,44 @@ class dispatch {
         }
     }
 
-    // All lanes of a SIMD group come here with the same function; the first to go on calls job(lanes) for all of them.
-    template <class Job> lane_call & together(const lane_call & mine, const Job & job) {
+    // All lanes of a SIMD group come here with the same function; the first to go on calls job(lanes, which SIMD group) for all of them.
+    template <class Job> uint32_t together(simd_function function, uint32_t argument, uint32_t word, const Job & job) {
+        lane_call mine = { function, argument, word };
         const int i = threads.running(), warp = i / 32;
-        lanes[i] = mine;
+        lanes[i] = &mine;
         threads.meet(i);
         if (n_done[warp] != threads.n_meetings(i)) {
             n_done[warp] = threads.n_meetings(i);
             for (int j = 32 * warp; j < 32 * warp + 32; j++) {
-                const lane_call & l = lanes[j];
-                if (strcmp(l.function, mine.function) != 0 || l.memory != mine.memory || l.per_row != mine.per_row || l.x != mine.x ||
-                    l.y != mine.y || l.transposed != mine.transposed) {
-                    fail("lanes of a SIMD group are in " + std::string(mine.function) + " and " + l.function + ", or with different arguments");
+                if (lanes[j]->function != function || lanes[j]->argument != argument) {
+                    fail("lanes of a SIMD group are in different functions");
                 }
+            }
+            if (!same_history(warp)) {
+                fail(DIFFERENT_HISTORY);
             }
             job(lanes + 32 * warp, warp);
         }
-        return lanes[i];
+        return mine.word;
     }
 
-    void gather(const lane_call * of, const float * lane_call::*matrix, float * elements) const {
-        for (int e = 0; e < 64; e++) {
-            elements[e] = (of[place[e] / 2].*matrix)[place[e] % 2];
+    // A function of simdgroup_matrix, which lanes go through without waiting: lane 0 does all of it (true), and that the others came to the same
+    // functions with the same arguments is seen at the next barrier or exchange. What is in memory cannot change in between without a race.
+    bool alone(simd_function function, uint64_t u0 = 0, uint64_t u1 = 0, uint64_t u2 = 0, uint64_t u3 = 0, uint64_t u4 = 0) {
+        uint64_t & h = history[threads.running()];
+        for (const uint64_t u : { (uint64_t) function, u0, u1, u2, u3, u4 }) {
+            h = (h ^ u) * 0x9e3779b97f4a7c15;
+            h ^= h >> 29;
         }
+        return threads.running() % 32 == 0;
     }
 
-    void scatter(lane_call * to, const float * elements) const {
-        for (int e = 0; e < 64; e++) {
-            to[place[e] / 2].d[place[e] % 2] = elements[e];
-        }
-    }
-
-    // by a function of a whole SIMD group
-    void touch_together(const void * p, unsigned size, bool write, int warp) {
-        if ((uintptr_t) p % size != 0) {
+    // eight elements in a row, by a function of a whole SIMD group
+    void touch_row(const void * p, unsigned element_bytes, bool write) {
+        if ((uintptr_t) p % element_bytes != 0) {
             fail("a matrix that is not aligned to its elements");
         }
-        touch(p, size, write, shared_memory_checker::ALL_LANES, warp);
+        touch(p, 8 * element_bytes, write, shared_memory_checker::ALL_LANES);
     }
 
     [[noreturn]] void fail(const std::string & what) {
@@ -136,9 +140,14 @@ class dispatch {
     shared_memory_checker & checker() { return shared_checker; }
 
   private:
-    static constexpr int GUARD = 64 << 10; // bytes around threadgroup memory
+    static constexpr int          GUARD             = 64 << 10; // bytes around threadgroup memory
+    static constexpr const char * DIFFERENT_HISTORY = "lanes of a SIMD group went through different functions of simdgroup_matrix";
 
-    void touch(const void * p, unsigned size, bool write, int thread, int warp = -1) {
+    bool same_history(int warp) const {
+        return std::all_of(history + 32 * warp, history + 32 * warp + 32, [&](uint64_t h) { return h == history[32 * warp]; });
+    }
+
+    void touch(const void * p, unsigned size, bool write, int thread) {
         const auto a  = (uintptr_t) p;
         const auto at = (int64_t) (a - shared_begin);
         if (at >= -(GUARD - 16) && at < n_shared + GUARD - 16) {
@@ -149,7 +158,7 @@ class dispatch {
             if (size == 1) {
                 fail("a byte of threadgroup memory is touched: the checker knows no less than two");
             }
-            const char * wrong = shared_checker.access((int) at, (int) size, write, thread, warp < 0 ? thread / 32 : warp, other);
+            const char * wrong = shared_checker.access((int) at, (int) size, write, thread, threads.running() / 32, other);
             if (wrong != nullptr) {
                 fail("race: byte " + std::to_string(at) + " of threadgroup memory " + wrong + " (the other: " + std::to_string(other) + ")");
             }
@@ -174,9 +183,9 @@ class dispatch {
     std::vector<uint8_t>  args;
     int                   group[3] = {};
     int64_t               first_thread = 0;
-    lane_call             lanes[fibers::MAX_THREADS];
-    int                   place[64]; // of a matrix' elements: lane * 2 + which
-    int                   n_barriers[fibers::MAX_THREADS];
+    lane_call *           lanes[fibers::MAX_THREADS];
+    uint64_t              history[fibers::MAX_THREADS]; // a hash of the functions of simdgroup_matrix that it went through
+    int                   n_barriers[fibers::MAX_THREADS], barrier_flags[fibers::MAX_THREADS];
     int                   n_barriers_done = 0;
     uint64_t              n_done[fibers::MAX_THREADS / 32];
 };
@@ -233,7 +242,17 @@ bool metal_emulate(const char * entry, const std::map<int, int> & function_const
 
 namespace metal_shim {
 
-float    half_to_float(uint16_t bits) { return qg_from_half(bits); }
+float half_to_float(uint16_t bits) {
+    static const std::vector<float> all = [] {
+        std::vector<float> values(1 << 16);
+        for (size_t i = 0; i < values.size(); i++) {
+            values[i] = qg_from_half((uint16_t) i);
+        }
+        return values;
+    }();
+    return all[bits];
+}
+
 uint16_t float_to_half(float x) { return qg_to_half(x); }
 
 void threadgroup_barrier(int flags) {
@@ -241,15 +260,7 @@ void threadgroup_barrier(int flags) {
 }
 
 void simdgroup_barrier(int flags) {
-    lane_call mine;
-    mine.function = "simdgroup_barrier";
-    mine.word     = (uint32_t) flags;
-    active->together(mine, [&](lane_call * lanes, int warp) {
-        for (int i = 0; i < 32; i++) {
-            if (lanes[i].word != (uint32_t) flags) {
-                active->fail("a simdgroup_barrier with different flags");
-            }
-        }
+    active->together(BARRIER, flags, 0, [&](lane_call * const *, int warp) {
         if (flags & MEM_THREADGROUP) {
             active->checker().simdgroup_barrier(warp);
         }
@@ -257,110 +268,82 @@ void simdgroup_barrier(int flags) {
 }
 
 uint32_t shuffle_xor(uint32_t word, unsigned mask) {
-    lane_call mine;
-    mine.function = "simd_shuffle_xor";
-    mine.word     = word;
-    mine.x        = mask;
-    return active->together(mine, [&](lane_call * lanes, int) {
+    return active->together(SHUFFLE_XOR, mask, word, [&](lane_call * const * lanes, int) {
+        uint32_t words[32];
         for (unsigned i = 0; i < 32; i++) {
-            lanes[i].result = lanes[i ^ mask].word;
+            words[i] = lanes[i ^ mask]->word;
         }
-    }).result;
+        for (int i = 0; i < 32; i++) {
+            lanes[i]->word = words[i];
+        }
+    });
 }
 
 bool any(bool x) {
-    lane_call mine;
-    mine.function = "simd_any";
-    mine.word     = x;
-    return active->together(mine, [&](lane_call * lanes, int) {
-        const bool result = std::any_of(lanes, lanes + 32, [](const lane_call & l) { return l.word != 0; });
+    return active->together(ANY, 0, x, [&](lane_call * const * lanes, int) {
+        const bool result = std::any_of(lanes, lanes + 32, [](const lane_call * l) { return l->word != 0; });
         for (int i = 0; i < 32; i++) {
-            lanes[i].result = result;
+            lanes[i]->word = result;
         }
-    }).result != 0;
+    }) != 0;
 }
 
-void fill(float * elements, float value) {
-    elements[0] = elements[1] = value;
+void fill(float * m, float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof(bits));
+    if (active->alone(FILL, bits)) {
+        std::fill(m, m + 64, value);
+    }
 }
 
-void load(float * elements, const void * from, int element_bytes, uint64_t per_row, uint64_t x, uint64_t y, bool transposed) {
-    lane_call mine;
-    mine.function   = "simdgroup_load";
-    mine.d          = elements;
-    mine.memory     = from;
-    mine.per_row    = per_row;
-    mine.x          = x;
-    mine.y          = y;
-    mine.transposed = transposed;
-    active->together(mine, [&](lane_call * lanes, int warp) {
-        float values[64];
-        for (int row = 0; row < 8; row++) {
-            for (int column = 0; column < 8; column++) {
-                const uint8_t * p = (const uint8_t *) from + ((y + row) * per_row + x + column) * element_bytes;
-                active->touch_together(p, element_bytes, false, warp);
-                float & value = values[transposed ? column * 8 + row : row * 8 + column];
-                if (element_bytes == 2) {
-                    value = qg_from_half(*(const uint16_t *) p);
-                } else {
-                    value = *(const float *) p;
-                }
+void load(float * m, const void * from, int element_bytes, uint64_t per_row, uint64_t x, uint64_t y, bool transposed) {
+    if (!active->alone(LOAD, (uintptr_t) from, per_row, x, y, transposed)) {
+        return;
+    }
+    for (int row = 0; row < 8; row++) {
+        const uint8_t * p = (const uint8_t *) from + ((y + row) * per_row + x) * element_bytes;
+        active->touch_row(p, element_bytes, false);
+        for (int column = 0; column < 8; column++) {
+            float & value = m[transposed ? column * 8 + row : row * 8 + column];
+            value         = element_bytes == 2 ? half_to_float(((const uint16_t *) p)[column]) : ((const float *) p)[column];
+        }
+    }
+}
+
+void store(const float * m, void * to, int element_bytes, uint64_t per_row, uint64_t x, uint64_t y, bool transposed) {
+    if (!active->alone(STORE, (uintptr_t) to, per_row, x, y, transposed)) {
+        return;
+    }
+    for (int row = 0; row < 8; row++) {
+        uint8_t * p = (uint8_t *) to + ((y + row) * per_row + x) * element_bytes;
+        active->touch_row(p, element_bytes, true);
+        for (int column = 0; column < 8; column++) {
+            const float value = m[transposed ? column * 8 + row : row * 8 + column];
+            if (element_bytes == 2) {
+                ((uint16_t *) p)[column] = qg_to_half(value);
+            } else {
+                ((float *) p)[column] = value;
             }
         }
-        active->scatter(lanes, values);
-    });
-}
-
-void store(const float * elements, void * to, int element_bytes, uint64_t per_row, uint64_t x, uint64_t y, bool transposed) {
-    lane_call mine;
-    mine.function   = "simdgroup_store";
-    mine.a          = elements;
-    mine.memory     = to;
-    mine.per_row    = per_row;
-    mine.x          = x;
-    mine.y          = y;
-    mine.transposed = transposed;
-    active->together(mine, [&](lane_call * lanes, int warp) {
-        float values[64];
-        active->gather(lanes, &lane_call::a, values);
-        for (int row = 0; row < 8; row++) {
-            for (int column = 0; column < 8; column++) {
-                uint8_t * p = (uint8_t *) to + ((y + row) * per_row + x + column) * element_bytes;
-                active->touch_together(p, element_bytes, true, warp);
-                const float value = values[transposed ? column * 8 + row : row * 8 + column];
-                if (element_bytes == 2) {
-                    *(uint16_t *) p = qg_to_half(value);
-                } else {
-                    *(float *) p = value;
-                }
-            }
-        }
-    });
+    }
 }
 
 void multiply_add(float * d, const float * a, const float * b, const float * c) {
-    lane_call mine;
-    mine.function = c != nullptr ? "simdgroup_multiply_accumulate" : "simdgroup_multiply";
-    mine.d        = d;
-    mine.a        = a;
-    mine.b        = b;
-    mine.c        = c;
-    active->together(mine, [&](lane_call * lanes, int) {
-        float left[64], right[64], sums[64] = {};
-        active->gather(lanes, &lane_call::a, left);
-        active->gather(lanes, &lane_call::b, right);
-        if (c != nullptr) {
-            active->gather(lanes, &lane_call::c, sums);
-        }
-        for (int row = 0; row < 8; row++) {
-            for (int k = 0; k < 8; k++) {
-                for (int column = 0; column < 8; column++) {
-                    sums[row * 8 + column] += left[row * 8 + k] * right[k * 8 + column];
-                }
+    if (!active->alone(c != nullptr ? MULTIPLY_ACCUMULATE : MULTIPLY)) {
+        return;
+    }
+    float sums[64] = {};
+    if (c != nullptr) {
+        std::copy(c, c + 64, sums);
+    }
+    for (int row = 0; row < 8; row++) {
+        for (int k = 0; k < 8; k++) {
+            for (int column = 0; column < 8; column++) {
+                sums[row * 8 + column] += a[row * 8 + k] * b[k * 8 + column];
             }
         }
-        active->scatter(lanes, sums);
-    });
+    }
+    std::copy(sums, sums + 64, d);
 }
 
 } // namespace metal_shim
