@@ -59,8 +59,8 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
         width *= 2;
     }
     const int  n_slots = QG_THREADS / width;
-    const int  slot    = t.thread() / width;
-    const int  chunk   = t.thread() % width;
+    const int  slot    = t.index() / width;
+    const int  chunk   = t.index() % width;
     const bool active  = 8 * chunk < qg_head_dim(p);
 
     float q[G][8], acc[G][8], max[G], sum[G];
@@ -225,7 +225,7 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
             }
         }
         t.sync();
-        for (int d = t.thread(); d < qg_head_dim(p); d += QG_THREADS) {
+        for (int d = t.index(); d < qg_head_dim(p); d += QG_THREADS) {
             const qg_merged merged = qg_merge(shared, n_slots, stride, d);
             const uint64_t  at     = (uint64_t) ir * p.n_head + head + g;
             if (p.n_splits == 1) {
@@ -253,7 +253,7 @@ template <class T> QG_DEVICE void qg_attn_merge(QG_LOCAL T & t, QG_CONSTANT cons
     QG_GLOBAL const float * from   = (QG_GLOBAL const float *) p.partial + at * p.n_splits * stride;
     QG_SHARED float *       weight = (QG_SHARED float *) t.shared(); // [n_splits] maxima first
     QG_SHARED float *       sums   = weight + p.n_splits;            // [n_splits]
-    for (int i = t.thread(); i < p.n_splits; i += QG_THREADS) {
+    for (int i = t.index(); i < p.n_splits; i += QG_THREADS) {
         sums[i]   = from[i * stride];
         weight[i] = from[i * stride + 1];
     }
@@ -263,7 +263,7 @@ template <class T> QG_DEVICE void qg_attn_merge(QG_LOCAL T & t, QG_CONSTANT cons
         max = qg_max(weight[i], max);
     }
     t.sync(); // all have read the maxima
-    for (int i = t.thread(); i < p.n_splits; i += QG_THREADS) {
+    for (int i = t.index(); i < p.n_splits; i += QG_THREADS) {
         weight[i] = weight[i] == -INFINITY ? 0.0f : qg_exp(weight[i] - max);
     }
     t.sync();
@@ -271,7 +271,7 @@ template <class T> QG_DEVICE void qg_attn_merge(QG_LOCAL T & t, QG_CONSTANT cons
     for (int i = 0; i < p.n_splits; i++) {
         sum += weight[i] * sums[i];
     }
-    for (int d = t.thread(); d < qg_head_dim(p); d += QG_THREADS) {
+    for (int d = t.index(); d < qg_head_dim(p); d += QG_THREADS) {
         float value = 0.0f;
         for (int i = 0; i < p.n_splits; i++) {
             value += weight[i] * from[i * stride + 2 + d];

@@ -40,9 +40,13 @@ using namespace metal;
 #    define QG_LOCAL
 #endif
 
+#if defined(__METAL_VERSION__)
+typedef uint4 qg_u4;
+#else
 struct alignas(16) qg_u4 {
     uint32_t x, y, z, w;
 };
+#endif
 
 #if defined(__CUDACC__)
 
@@ -145,6 +149,16 @@ QG_DEVICE int   qg_min(int a, int b) { return a < b ? a : b; }
 QG_DEVICE float qg_clamp(float x) { return x > 3.402823466e+38f ? 3.402823466e+38f : x < -3.402823466e+38f ? -3.402823466e+38f : x; }
 
 QG_DEVICE uint32_t qg_pair(float a, float b) { return (uint32_t) qg_to_half(a) | (uint32_t) qg_to_half(b) << 16; }
+
+// eight numbers as f16
+QG_DEVICE qg_u4 qg_eight(QG_LOCAL const float * x) {
+    qg_u4 eight;
+    eight.x = qg_pair(x[0], x[1]);
+    eight.y = qg_pair(x[2], x[3]);
+    eight.z = qg_pair(x[4], x[5]);
+    eight.w = qg_pair(x[6], x[7]);
+    return eight;
+}
 
 #if !defined(__METAL_VERSION__)
 template <class A> QG_DEVICE int qg_head_dim(const A & p) { return p.head_dim; }
