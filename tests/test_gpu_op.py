@@ -133,7 +133,7 @@ def test_nan_stays_in_its_row(device, kind):
 
 
 @pytest.mark.parametrize("types", [(F16, F16), (Q8_0, Q4_0)], ids=lambda t: "-".join(op_harness.TYPE_NAMES[x] for x in t))
-def test_v_skipping(types):
+def test_v_skipping(device, types):
     """A lazy layer's output lacks at most `v_skip` of the largest |v|; where V is 1 everywhere it lacks the skipped share itself."""
     lacking = []
     for mode, heads, ones, v_skip in itertools.product(("global", "visual"), ((4, 4), (8, 2), (7, 1)), (False, True), (0.02, 0.3)):
@@ -145,8 +145,8 @@ def test_v_skipping(types):
         def edit(layers, step, v_skip=v_skip):
             layers[1].v_skip = v_skip
 
-        exact = case.run("gpu", score_cache=True)[1]
-        out = case.run("gpu", score_cache=True, edit=edit)[1]
+        exact = case.run(device, score_cache=True)[1]
+        out = case.run(device, score_cache=True, edit=edit)[1]
         for r, (i, pos) in enumerate(case.rows):
             v = np.abs(op_harness.unpack(case.packed("v", 1, i), types[1], 64)[: pos + 1]).max(axis=0)  # [n_head_kv, head_dim]
             bound = v_skip * np.repeat(v, heads[0] // heads[1], axis=0)
@@ -156,7 +156,7 @@ def test_v_skipping(types):
     assert min(lacking) > 0 and 0.5 < max(lacking) <= 1.001  # the share is used
 
 
-def test_v_that_is_skipped_is_not_read():
+def test_v_that_is_skipped_is_not_read(device):
     """V of keys with next to no attention is NaN: what is read shows."""
     case = Case(Shape(64, 4, 4), [Sequence("t100", 99, 1)], "global", seed=SEED)
     case.k[0][0][:50] = -8 * np.sign(case.q[0][0][99])  # of the leader
@@ -166,5 +166,5 @@ def test_v_that_is_skipped_is_not_read():
         layers[1].v_skip = 0.01
 
     case.v[1][0][:50] = np.nan
-    assert np.isnan(case.run("gpu", score_cache=True, check_blocks=False)[1]).any()
-    assert np.isfinite(case.run("gpu", score_cache=True, check_blocks=False, edit=edit)[1]).all()
+    assert np.isnan(case.run(device, score_cache=True, check_blocks=False)[1]).any()
+    assert np.isfinite(case.run(device, score_cache=True, check_blocks=False, edit=edit)[1]).all()

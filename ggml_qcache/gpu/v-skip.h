@@ -114,7 +114,7 @@ template <class T> QG_DEVICE void qg_v_limits(QG_LOCAL T & t, QG_CONSTANT const 
         }
     }
     t.sync();
-    if (t.thread() == 0) {
+    if (t.index() == 0) {
         float limit = -INFINITY; // none, also where NaN is among the logits
         for (int i = 0; i < QG_V_LIMITS; i++) {
             float share = 0.0f;
