@@ -2,8 +2,6 @@
 
 #include "qcache-context.h"
 
-#include "qcache-backend.h"
-
 #include "cpu/attn-rows.h"
 
 #include <ggml.h>
@@ -223,16 +221,22 @@ enum qcache_status qcache_context_init(const qcache_model_t * model, struct qcac
                 return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "attn_impl 1 (scalar) runs on the CPU alone, layers %d .. %d are on %s", first,
                                    end - 1, ggml_backend_dev_name(placement.device));
             }
-            stages.emplace_back(placement, first, end);
+            const char * why_not = nullptr;
+            const char * kernels = placement.is_gpu ? qcache_backend_kernels(placement.device, &why_not) : nullptr;
+            const bool   stock   = placement.is_gpu && kernels == nullptr;
+            stages.emplace_back(placement, first, end, stock ? nullptr : kernel, stock);
             if (!stages.back().backend || !stages.back().galloc) {
                 return placement.is_gpu ? QCACHE_STATUS_OUT_OF_MEMORY : qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot create the CPU backend");
             }
             parts.push_back({ qcache_layout(hp, leader, mode, first, end, params.n_block_tokens, params.type_k, params.type_v), stages.back().buft() });
             attn_name += attn_name.empty() ? "" : ", ";
-            attn_name += kernel == nullptr ? "composed" : placement.is_gpu ? qcache_backend_kernels(placement.device) : kernel->name;
+            attn_name += stages.back().kernel == nullptr ? "composed" : placement.is_gpu ? kernels : kernel->name;
+            if (stock) {
+                attn_name += std::string(", as ") + ggml_backend_dev_name(placement.device) + ": " + why_not;
+            }
         }
-        auto made = std::make_unique<qcache_context>(*model, params, leader, mode, std::move(vis_bias), kernel, std::move(stages),
-                                                     std::move(parts), std::move(fingerprint));
+        auto made = std::make_unique<qcache_context>(*model, params, leader, mode, std::move(vis_bias), std::move(stages), std::move(parts),
+                                                     std::move(fingerprint));
         made->attn_name = attn_name;
         *ctx = made.release();
         return QCACHE_STATUS_SUCCESS;

@@ -11,12 +11,13 @@
 extern const qcache_gpu_i qcache_gpu_cuda;
 #endif
 
-const qcache_gpu_i * qcache_gpu_for(ggml_backend_device * device) {
+const qcache_gpu_i * qcache_gpu_for(ggml_backend_device * device, const char ** why_not) {
 #if defined(QCACHE_CUDA)
     if (strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(device)), "CUDA") == 0) {
         return &qcache_gpu_cuda;
     }
 #endif
     (void) device;
+    *why_not = "this build has no kernels for it";
     return nullptr;
 }

@@ -45,16 +45,16 @@ bool leave(void * ctx) {
     return true;
 }
 
-void * upload(void * ctx, const void * data, size_t size) {
+uint64_t upload(void * ctx, const void * data, size_t size) {
     auto & table = ((emulated *) ctx)->table;
     table.assign((const uint8_t *) data, (const uint8_t *) data + size);
-    return table.data();
+    return (uint64_t) (uintptr_t) table.data();
 }
 
-void * workspace(void * ctx, size_t size) {
+uint64_t workspace(void * ctx, size_t size) {
     auto & work = ((emulated *) ctx)->work;
     work.assign(size, 0xff); // NaN
-    return work.data();
+    return (uint64_t) (uintptr_t) work.data();
 }
 
 bool launch(void * ctx, const qcache_gpu_launch & l, const void * args) {
@@ -86,10 +86,11 @@ bool synchronize(void *) {
     return true;
 }
 
-const qcache_gpu_i runtime = { "emulated", init, free_, enter, leave, upload, workspace, launch, synchronize };
+const qcache_gpu_i runtime = { "emulated", init, free_, enter, leave, upload, workspace, launch, synchronize, nullptr, nullptr };
 
 } // namespace
 
-const qcache_gpu_i * qcache_gpu_for(ggml_backend_device * device) {
+const qcache_gpu_i * qcache_gpu_for(ggml_backend_device * device, const char ** why_not) {
+    *why_not = "it is no CPU";
     return ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU ? &runtime : nullptr;
 }
