@@ -34,8 +34,7 @@ struct qg_tile {
     int32_t modality;
 };
 
-#define QG_TILE_ROWS 64  // query rows of a prefill tile
-#define QG_THREADS   128 // threads of every kernel's block
+#define QG_THREADS 128 // threads of every kernel's block
 
 struct qg_attn_args {
     uint64_t blocks;    // qg_block []

@@ -16,6 +16,8 @@
 
 #include <math.h>
 
+constexpr int QG_TILE_ROWS = 64; // query rows of a tile
+
 QG_BOTH constexpr int qg_prefill_keys(int dim) { return dim > 128 ? 16 : 32; } // of a tile of K and V
 
 // The rows are 8 halves longer than they need be, so that no two lanes of a fragment meet in a bank.

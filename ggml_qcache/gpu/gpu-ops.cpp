@@ -4,7 +4,6 @@
 
 #include "../qcache-impl.h"
 #include "attn-decode.h"
-#include "attn-prefill.h"
 
 #include <ggml.h>
 
@@ -82,8 +81,8 @@ bool qcache_gpu_ops::begin(const qcache_attn_step & step, const std::vector<cons
     std::vector<int32_t> ordered;
     for (auto & [key, of_group] : groups) {
         std::sort(of_group.begin(), of_group.end(), [&](int32_t a, int32_t b) { return step.rows[a].pos < step.rows[b].pos; });
-        for (size_t i = 0; i < of_group.size(); i += QG_TILE_ROWS) {
-            const auto n = (int32_t) std::min<size_t>(QG_TILE_ROWS, of_group.size() - i);
+        for (size_t i = 0; i < of_group.size(); i += api->tile_rows) {
+            const auto n = (int32_t) std::min<size_t>(api->tile_rows, of_group.size() - i);
             tile_table.push_back({ (int32_t) ordered.size(), n, first_of_seq[key.first], step.rows[of_group[i + n - 1]].block + 1, key.second });
             ordered.insert(ordered.end(), of_group.begin() + i, of_group.begin() + i + n);
         }
@@ -177,7 +176,7 @@ bool qcache_gpu_ops::attn(const qcache_attn_params & p, int index, const ggml_te
     // a tile of few rows wastes most of its products
     if (p.score_op == QCACHE_SCORE_NONE && n_rows >= 8 * n_tiles) {
         const int dim = prefill_dim(p.head_dim);
-        return api->launch(ctx, { QCACHE_GPU_PREFILL, type_k, type_v, dim, { n_tiles, p.n_head, 1 }, qg_prefill_shared(dim) }, &a);
+        return api->launch(ctx, { QCACHE_GPU_PREFILL, type_k, type_v, dim, { n_tiles, p.n_head, 1 }, api->prefill_shared(dim) }, &a);
     }
     const int n_group = p.n_head / p.n_head_kv;
     const int width   = n_group <= 2 ? n_group : n_group <= 4 ? 4 : 8;

@@ -27,6 +27,9 @@ struct qcache_gpu_launch {
 struct qcache_gpu_i {
     const char * name; // "cuda"
 
+    int tile_rows;                  // query rows of a prefill tile
+    int (*prefill_shared)(int dim); // bytes of shared memory of a prefill kernel; dim: padded head_dim
+
     void * (*init)(ggml_backend * wrapped, int * n_processors); // wrapped: the stream that stock operations run on
     void (*free)(void * ctx);
     bool (*enter)(void * ctx); // what follows on our stream waits for what the wrapped one has been given

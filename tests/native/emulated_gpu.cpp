@@ -86,7 +86,8 @@ bool synchronize(void *) {
     return true;
 }
 
-const qcache_gpu_i runtime = { "emulated", init, free_, enter, leave, upload, workspace, launch, synchronize, nullptr, nullptr };
+const qcache_gpu_i runtime = { "emulated", QG_TILE_ROWS, qg_prefill_shared, init,        free_,   enter,  leave,
+                               upload,     workspace,    launch,            synchronize, nullptr, nullptr };
 
 } // namespace
 
