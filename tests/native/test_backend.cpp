@@ -132,7 +132,8 @@ void test_device(ggml_backend_dev_t cpu, ggml_backend_dev_t device) {
     CHECK(qcache_backend_device(cpu) == device);
     CHECK(qcache_backend_wrapped(device) == cpu && qcache_backend_wrapped(cpu) == cpu);
     CHECK(strcmp(ggml_backend_dev_name(device), "qcache-CPU") == 0);
-    CHECK(strcmp(qcache_backend_kernels(device), "emulated") == 0);
+    const char * why_not = nullptr;
+    CHECK(strcmp(qcache_backend_kernels(device, &why_not), "emulated") == 0 && why_not == nullptr);
     CHECK(ggml_backend_dev_type(device) == ggml_backend_dev_type(cpu));
     CHECK(ggml_backend_dev_buffer_type(device) == ggml_backend_dev_buffer_type(cpu));
     CHECK(ggml_backend_dev_supports_buft(device, ggml_backend_cpu_buffer_type()));
