@@ -68,6 +68,7 @@ struct layer_graph {
         graph = ggml_new_graph_custom(ctx.get(), 512, false);
         x     = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, N_EMBD, N_ROWS);
         ggml_set_input(x);
+        ggml_set_output(x); // it stays for another run
         result = x;
         for (int il = 0; il < n_layers; il++) {
             add_layer(il);

@@ -301,7 +301,16 @@ ggml_backend_event_t device_event_new(ggml_backend_dev_t device) {
         const id<MTLDevice> gpu   = MTLCreateSystemDefaultDevice();
         id<MTLSharedEvent>  event = [gpu newSharedEvent];
         [gpu release];
-        return event == nil ? nullptr : (ggml_backend_event_t) new qcache_abi_event{ device, new event_layout{ event, { 0 } } };
+        const auto & p = metal_mock::device();
+        if (p.events == p.nothing) {
+            [event release];
+            return nullptr;
+        }
+        if (p.events == p.other_object) {
+            [event release];
+            event = (id<MTLSharedEvent>) [[NSObject alloc] init];
+        }
+        return event == nil ? nullptr : (ggml_backend_event_t) new qcache_abi_event{ device, new event_layout{ event, { p.events == p.other_counter ? 7 : 0 } } };
     }
 }
 
@@ -321,7 +330,7 @@ void device_event_synchronize(ggml_backend_dev_t, ggml_backend_event_t) {
 //
 
 mock_device * devices() {
-    static mock_device * the = new mock_device[2]();
+    static mock_device * the = new mock_device[metal_mock::N_DEVICES]();
     return the;
 }
 
@@ -345,7 +354,7 @@ struct registration {
     registration() {
         static qcache_abi_reg reg = { QCACHE_GGML_BACKEND_API, reg_name, reg_count, reg_get, reg_proc_address, nullptr };
         id<MTLCommandQueue>   queue = mock_new_stock_queue(); // one of the device's, as ggml has it
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < metal_mock::N_DEVICES; i++) {
             mock_device & d      = devices()[i];
             d.get_name           = device_name;
             d.get_description    = device_description;

@@ -33,6 +33,9 @@ struct properties {
     bool unified = true, apple7 = true, tier2 = true, addresses = true;
     int  simd_width = 32, max_threads = 1024;
     const char * name = "Apple M1 mock";
+
+    // what an event of ggml's holds
+    enum { shared_event, other_object, other_counter, nothing } events = shared_event;
 };
 properties & device();
 
