@@ -2,7 +2,11 @@
 
 #pragma once
 
-#include <stdint.h>
+#if defined(__METAL_VERSION__)
+#    include <metal_stdlib>
+#else
+#    include <stdint.h>
+#endif
 
 enum qg_kv_type { QG_F16 = 0, QG_Q8_0 = 1, QG_Q4_0 = 2 };
 

@@ -9,7 +9,7 @@
 
 struct qg_append_kernel {
     using args = qg_append_args;
-    template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_append(t, a); }
+    template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_append(t, a, a.type_k, a.type_v); }
 };
 
 struct qg_merge_kernel {
@@ -19,7 +19,7 @@ struct qg_merge_kernel {
 
 template <int G, int TYPE_K, int TYPE_V> struct qg_decode_kernel {
     using args = qg_attn_args;
-    template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_attn_decode<G, TYPE_K, TYPE_V>(t, a); }
+    template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_attn_decode<G>(t, a, TYPE_K, TYPE_V); }
 };
 
 template <int DIM, int TYPE_K, int TYPE_V> struct qg_prefill_kernel {

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../gpu/gpu-ops.h"
+#include "prefill-shape.h"
 
 #include <cstddef>
 
@@ -31,16 +32,11 @@ enum qcache_metal_constant {
     QCACHE_METAL_N_CONSTANTS,
 };
 
-constexpr int QCACHE_METAL_TILE_ROWS       = 32; // query rows of a prefill tile: four SIMD groups of 8
-constexpr int QCACHE_METAL_MAX_THREADGROUP = 32 * 1024;
+constexpr int QCACHE_METAL_TILE_ROWS       = QG_METAL_TILE_ROWS; // qcache_gpu_i.tile_rows
+constexpr int QCACHE_METAL_MAX_THREADGROUP = 32 * 1024;          // bytes of threadgroup memory
 
-constexpr int qcache_metal_prefill_keys(int dim) { return dim > 64 ? 16 : 32; } // of a tile of K or V
-
-// bytes of threadgroup memory of a prefill kernel: Q, a tile of K or V, the SIMD groups' logits and scales; see attn-prefill.metal
-constexpr int qcache_metal_prefill_shared(int dim) {
-    return 2 * (QCACHE_METAL_TILE_ROWS + qcache_metal_prefill_keys(dim)) * (dim + 8) +
-           4 * QCACHE_METAL_TILE_ROWS * (qcache_metal_prefill_keys(dim) + 8);
-}
+// qcache_gpu_i.prefill_shared
+constexpr int qcache_metal_prefill_shared(int dim) { return qg_metal_prefill_shared(dim); }
 
 static_assert(qcache_metal_prefill_shared(256) <= QCACHE_METAL_MAX_THREADGROUP, "more threadgroup memory than there is");
 

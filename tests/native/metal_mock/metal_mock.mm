@@ -959,3 +959,18 @@ void pages_freed(const void * pages, size_t size) {
 }
 
 } // namespace metal_mock
+
+// for the Python tests
+#define MOCK_API extern "C" __attribute__((visibility("default")))
+
+MOCK_API void metal_mock_fail(int what, int after) {
+    metal_mock::fail((metal_mock::call) what, after);
+}
+
+MOCK_API int metal_mock_calls(int what) {
+    return metal_mock::n_calls((metal_mock::call) what);
+}
+
+MOCK_API void metal_mock_order(int ours_early) {
+    metal_mock::set_order((metal_mock::order) ours_early);
+}
