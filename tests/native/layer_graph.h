@@ -134,6 +134,18 @@ struct layer_graph {
         ggml_backend_tensor_set(x, values(N_EMBD * N_ROWS, 2.0f).data(), 0, ggml_nbytes(x));
     }
 
+    // as gallocr does where another graph needs more
+    void release_compute_buffer(ggml_backend_t backend) {
+        galloc.reset();
+        x->data   = nullptr;
+        x->buffer = nullptr;
+        for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
+            ggml_graph_node(graph, i)->data   = nullptr;
+            ggml_graph_node(graph, i)->buffer = nullptr;
+        }
+        qcache_backend_forget_all(backend);
+    }
+
     std::vector<float> run(ggml_backend_t backend) {
         prepare(backend);
         CHECK(ggml_backend_graph_compute(backend, graph) == GGML_STATUS_SUCCESS);

@@ -130,8 +130,7 @@ void test_code() {
     layer_graph g(ggml_backend_get_default_buffer_type(a.get()), N_LAYERS, N_BLOCKS);
     CHECK(close(g.run(a.get()), reference()));
     const int n_functions = metal_mock::n_calls(call::new_pipeline);
-    g.galloc.reset();
-    qcache_backend_forget_all(a.get());
+    g.release_compute_buffer(a.get());
     CHECK(close(g.run(b.get()), reference()));
     CHECK(metal_mock::n_calls(call::new_pipeline) == n_functions && clean());
 }
@@ -142,8 +141,9 @@ void test_forgotten_buffers() {
     for (int i = 0; i < 3; i++) {
         layer_graph g(ggml_backend_get_default_buffer_type(backend.get()), N_LAYERS, N_BLOCKS);
         CHECK(close(g.run(backend.get()), reference()));
-        g.galloc.reset(); // as gallocr does where it needs more
-        qcache_backend_forget_all(backend.get());
+        g.release_compute_buffer(backend.get());
+        CHECK(close(g.run(backend.get()), reference()));
+        g.release_compute_buffer(backend.get());
     }
     // mapped once, not once a step
     layer_graph g(ggml_backend_get_default_buffer_type(backend.get()), N_LAYERS, N_BLOCKS);
