@@ -11,4 +11,7 @@ constexpr int N_DEVICES = 12;
 
 ggml_backend_dev_t ggml_device(int i);
 
+// The devices don't support an operation, SET_ROWS; none: all that the CPU has.
+void refuse(const char * op_name);
+
 } // namespace metal_mock

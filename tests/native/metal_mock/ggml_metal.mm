@@ -288,8 +288,13 @@ ggml_backend_buffer_type_t device_buft(ggml_backend_dev_t device) {
     return (ggml_backend_buffer_type_t) &of(device).buft;
 }
 
+std::string & refused() {
+    static auto * the = new std::string();
+    return *the;
+}
+
 bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * node) {
-    return node->op != GGML_OP_CUSTOM && ggml_backend_dev_supports_op(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), node);
+    return node->op != GGML_OP_CUSTOM && refused() != ggml_op_name(node->op) && ggml_backend_dev_supports_op(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), node);
 }
 
 bool device_supports_buft(ggml_backend_dev_t device, ggml_backend_buffer_type_t buft) {
@@ -382,4 +387,12 @@ struct registration {
 
 ggml_backend_dev_t metal_mock::ggml_device(int i) {
     return (ggml_backend_dev_t) &devices()[i];
+}
+
+void metal_mock::refuse(const char * op_name) {
+    refused() = op_name;
+}
+
+extern "C" __attribute__((visibility("default"))) void metal_mock_refuse(const char * op_name) { // for the Python tests
+    metal_mock::refuse(op_name);
 }
