@@ -226,7 +226,10 @@ enum qcache_status qcache_context_init(const qcache_model_t * model, struct qcac
             const bool   stock   = placement.is_gpu && kernels == nullptr;
             stages.emplace_back(placement, first, end, stock ? nullptr : kernel, stock);
             if (!stages.back().backend || !stages.back().galloc) {
-                return placement.is_gpu ? QCACHE_STATUS_OUT_OF_MEMORY : qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot create the CPU backend");
+                if (kernels != nullptr) {
+                    return QCACHE_STATUS_INTERNAL; // qcache_last_error() has what the runtime said
+                }
+                return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot create the backend of %s", ggml_backend_dev_name(placement.device));
             }
             parts.push_back({ qcache_layout(hp, leader, mode, first, end, params.n_block_tokens, params.type_k, params.type_v), stages.back().buft() });
             attn_name += attn_name.empty() ? "" : ", ";

@@ -64,7 +64,7 @@ def test_a_step_that_fails(core_models: CoreModels, what: int, after: int, text:
 def test_a_start_that_fails(core_models: CoreModels) -> None:
     with Model(core_models["llama-gqa-32"].path, n_gpu_layers=-1) as gpu:
         MOCK.metal_mock_fail(LIBRARY, 0)
-        with pytest.raises(RuntimeError, match="Metal: compiling the kernels: program_source:12:3: error"):
+        with pytest.raises(InternalError, match="Metal: compiling the kernels: program_source:12:3: error"):
             make(gpu)
         assert make(gpu).attn_name == "metal"
 

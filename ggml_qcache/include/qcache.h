@@ -92,13 +92,13 @@ struct qcache_model_params {
     void *                   progress_user_data;
     int32_t                  n_gpu_layers; // last layers to compute on a GPU, < 0: all, default 0; fewer where that would tear
                                            // a Lazy Block of the file
-    int32_t                  main_gpu;     // which of the GPUs we have kernels for, in ggml's order, default 0
+    int32_t                  main_gpu;     // which of ggml's GPUs, default 0; one without kernels of ours computes attention composed
 };
 
 QCACHE_API struct qcache_model_params qcache_model_default_params(void);
 
 // Reads a `llama` or `qwen2` GGUF. On success *model must be given to qcache_model_free.
-// FILE, INVALID_MODEL, UNSUPPORTED (the model, or no GPU with kernels of ours), INVALID_ARGUMENT (main_gpu),
+// FILE, INVALID_MODEL, UNSUPPORTED (the model, or no GPU), INVALID_ARGUMENT (main_gpu),
 // OUT_OF_MEMORY, VERSION: *model is NULL.
 QCACHE_API enum qcache_status qcache_model_init(const char * path, struct qcache_model_params params, qcache_model_t ** model);
 
@@ -181,7 +181,7 @@ QCACHE_API struct qcache_context_params qcache_context_default_params(void);
 
 // The model must outlive the context.
 // INVALID_ARGUMENT (values out of range, leaders that break the rules), UNSUPPORTED (a layer would need weights of its
-// attention that the file left out; a KV type), OUT_OF_MEMORY: *ctx is NULL.
+// attention that the file left out; a KV type), OUT_OF_MEMORY, INTERNAL (our kernels don't start on the GPU): *ctx is NULL.
 QCACHE_API enum qcache_status qcache_context_init(const qcache_model_t * model, struct qcache_context_params params, qcache_context_t ** ctx);
 
 QCACHE_API void qcache_context_free(qcache_context_t * ctx);
@@ -213,8 +213,8 @@ QCACHE_API int32_t qcache_n_ctx(const qcache_context_t * ctx);
 // The lazy mode and leaders in force. `leader` (may be NULL) receives n_layer values.
 QCACHE_API enum qcache_lazy_mode qcache_get_lazy(const qcache_context_t * ctx, int32_t * leader);
 
-// "avx512", "avx2", "neon", "scalar", "cuda" or "composed": what attention runs on in this context, in the order of the
-// layers where that is two, as "avx2, cuda".
+// "avx512", "avx2", "neon", "scalar", "cuda", "metal" or "composed": what attention runs on in this context, in the order of
+// the layers where that is two, as "avx2, cuda". A GPU without kernels of ours adds why: "composed, as MTL0: its ...".
 QCACHE_API const char * qcache_attn_name(const qcache_context_t * ctx);
 
 // Threads of later decodes, as in the parameters: 0: all cores.

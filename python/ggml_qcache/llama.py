@@ -87,7 +87,7 @@ class Llama(base.Llama):
                 None: the file's mode, or ``"visual"`` where it has none.
             n_gpu_layers: Last layers to compute on a GPU, with the output matrix; -1: all. Fewer where that would tear a
                 Lazy Block of the file: ``device_report()`` tells. Above 0 images are encoded on the first GPU.
-            main_gpu: Which of the GPUs that there are kernels for, in ggml's order.
+            main_gpu: Which of ggml's GPUs. One that there are no kernels for computes attention as ``attn_impl="composed"`` does.
             n_ctx: Most tokens of prompt and answer, 0: as the model was trained.
             n_batch: Most prompt tokens evaluated by one call of the native library.
             n_ubatch: Most prompt tokens computed at once.
