@@ -201,7 +201,8 @@ struct qcache_batch {
 // Appends the batch and computes it, in chunks of n_ubatch rows. Rows of one sequence are in order; its rows see its
 // earlier rows, those in this batch included.
 // SUCCESS: every row is in the cache, the logits asked for can be read.
-// INVALID_ARGUMENT, CONTEXT_FULL, NO_BLOCKS, OUT_OF_MEMORY, INTERNAL: nothing was appended, earlier logits are gone.
+// INVALID_ARGUMENT, CONTEXT_FULL, NO_BLOCKS, OUT_OF_MEMORY, INTERNAL, UNSUPPORTED (an operation that a GPU without kernels of ours
+// lacks): nothing was appended, earlier logits are gone.
 QCACHE_API enum qcache_status qcache_decode(qcache_context_t * ctx, struct qcache_batch batch);
 
 // Logits [n_vocab] of row i of the last batch (i < 0 counts from the end of the rows that have logits), or NULL
