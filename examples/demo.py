@@ -6,6 +6,7 @@ answer is wrong.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import sys
@@ -27,13 +28,17 @@ LAZY_MODE = "visual"
 
 def main() -> int:
     """Runs the demo and returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpu-layers", type=int, default=0, help="layers to compute on the GPU, from the last; -1: all")
+    args = parser.parse_args()
     console = Console(width=max(Console().width, 110))
     questions = json.loads((HERE / "images" / "questions.json").read_text())
     with tempfile.TemporaryDirectory() as folder:
         model, mmproj = Path(folder) / "mini-llava.gguf", Path(folder) / "mini-llava-mmproj.gguf"
         convert(HERE / "model", model, mmproj, outtype="f16", lazy_layers=LAZY_LAYERS, lazy_mode=LAZY_MODE, progress=True)
         qcache(["inspect", str(model)])
-        with contextlib.closing(Llama(str(model), mmproj_path=str(mmproj), n_ctx=1024)) as llm:
+        with contextlib.closing(Llama(str(model), mmproj_path=str(mmproj), n_ctx=1024, n_gpu_layers=args.gpu_layers)) as llm:
+            console.print(f"attention on {llm.device_report()['attention']}")
             table, n_right = ask_all(llm, questions)
     console.print(table)
     console.print(f"{n_right} of {len(questions)} answers are right")

@@ -13,7 +13,7 @@
 
 #include <ggml-cpp.h>
 
-#include <cstdio>
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -31,6 +31,34 @@ struct backend_context {
     ggml_backend_ptr                wrapped;
     std::unique_ptr<qcache_gpu_ops> ops;
     std::string                     name;
+    std::string                     error; // of ours in the last graph; empty: none
+
+    // keeps what went wrong before another call writes over it
+    bool check(bool ok) {
+        if (!ok && error.empty()) {
+            error = qcache_last_error();
+        }
+        return ok;
+    }
+};
+
+// those that live, to be told of buffers that go; contexts are made and freed by several threads
+struct live_backends {
+    std::mutex                     mutex;
+    std::vector<backend_context *> all;
+
+    static live_backends & get() {
+        static auto * the = new live_backends(); // buffers may outlive statics
+        return *the;
+    }
+    void add(backend_context * b) {
+        std::lock_guard<std::mutex> lock(mutex);
+        all.push_back(b);
+    }
+    void remove(backend_context * b) {
+        std::lock_guard<std::mutex> lock(mutex);
+        all.erase(std::find(all.begin(), all.end(), b));
+    }
 };
 
 device_context & of(ggml_backend_dev_t device) {
@@ -70,10 +98,6 @@ bool has_work(ggml_cgraph * graph, int first, int end) {
     return false;
 }
 
-const float * source(const ggml_tensor * node, int i) {
-    return node->src[i] == nullptr ? nullptr : (const float *) node->src[i]->data;
-}
-
 bool run_stock(backend_context & b, ggml_cgraph * graph, int first, int end) {
     if (!has_work(graph, first, end)) {
         return true;
@@ -98,7 +122,8 @@ enum ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * gra
             step = ((const qcache_append_params *) qcache_abi_custom_of(node).userdata)->step;
         }
     }
-    bool ok     = step == nullptr || b.ops->begin(*step, attn);
+    b.error.clear();
+    bool ok     = step == nullptr || b.check(b.ops->begin(*step, attn));
     bool within = false; // a stretch of ours
     int  stock  = 0;     // first stock node that has not run
     int  i_attn = 0;
@@ -110,23 +135,24 @@ enum ggml_status backend_graph_compute(ggml_backend_t backend, ggml_cgraph * gra
         }
         // only what takes time on the other stream needs the order
         if (within && has_work(graph, stock, i)) {
-            ok     = b.ops->leave();
+            ok     = b.check(b.ops->leave());
             within = false;
         }
         ok = ok && run_stock(b, graph, stock, i);
         if (!within) {
-            ok     = ok && b.ops->enter();
-            within = true;
+            within = ok && b.check(b.ops->enter());
+            ok     = within;
         }
         const void * userdata = qcache_abi_custom_of(node).userdata;
         if (kind == node_kind::append) {
-            ok = ok && b.ops->append(*(const qcache_append_params *) userdata, source(node, 1), source(node, 0));
+            ok = ok && b.check(b.ops->append(*(const qcache_append_params *) userdata, node));
         } else {
-            ok = ok && b.ops->attn(((const qcache_attn_node *) userdata)->params, i_attn++, source(node, 0), source(node, 1), (float *) node->data);
+            ok = ok && b.check(b.ops->attn(((const qcache_attn_node *) userdata)->params, i_attn++, node));
         }
         stock = i + 1;
     }
-    ok = ok && (!within || b.ops->leave());
+    // after a failure too: the next graph has to find both streams as this one did
+    ok = (!within || b.check(b.ops->leave())) && ok;
     return ok && run_stock(b, graph, stock, n) ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;
 }
 
@@ -138,7 +164,12 @@ const char * backend_name(ggml_backend_t backend) {
     return of(backend).name.c_str();
 }
 
+bool is_ours(ggml_backend_t backend) {
+    return ((const qcache_abi_backend *) backend)->get_name == backend_name;
+}
+
 void backend_free(ggml_backend_t backend) {
+    live_backends::get().remove(&of(backend));
     delete &of(backend);
     delete (qcache_abi_backend *) backend;
 }
@@ -154,16 +185,14 @@ void backend_get_async(ggml_backend_t backend, const ggml_tensor * tensor, void 
 bool backend_copy_async(ggml_backend_t from, ggml_backend_t to, const ggml_tensor * src, ggml_tensor * dst) {
     // the wrapped backend asks whether both are its own kind; `to` is ours, since ggml calls that one's function
     const auto unwrap = [](ggml_backend_t backend) {
-        return ((const qcache_abi_backend *) backend)->get_name == backend_name ? of(backend).wrapped.get() : backend;
+        return is_ours(backend) ? of(backend).wrapped.get() : backend;
     };
     const auto copy = inside(to).cpy_tensor_async;
     return copy != nullptr && copy(unwrap(from), unwrap(to), src, dst);
 }
 
 void backend_synchronize(ggml_backend_t backend) {
-    if (!of(backend).ops->synchronize()) {
-        fprintf(stderr, "%s: %s\n", backend_name(backend), qcache_last_error()); // ggml's own check is about to end the process
-    }
+    of(backend).check(of(backend).ops->synchronize());
     ggml_backend_synchronize(of(backend).wrapped.get());
 }
 
@@ -230,6 +259,7 @@ ggml_backend_t device_init(ggml_backend_dev_t device, const char * params) {
     backend->event_record    = backend_event_record;
     backend->event_wait      = backend_event_wait;
     backend->device          = device;
+    live_backends::get().add(context.get());
     backend->context         = context.release();
     return (ggml_backend_t) backend;
 }
@@ -306,11 +336,10 @@ ggml_backend_dev_t qcache_backend_device(ggml_backend_dev_t wrapped) {
             return (ggml_backend_dev_t) device.get();
         }
     }
-    const qcache_gpu_i * api = qcache_gpu_for(wrapped);
+    const char *         why_not = nullptr;
+    const qcache_gpu_i * api     = qcache_gpu_for(wrapped, &why_not);
     if (api == nullptr) {
-        qcache_fail(QCACHE_STATUS_UNSUPPORTED, "device %s (%s): there are no kernels for it in this build", ggml_backend_dev_name(wrapped),
-                    ggml_backend_dev_description(wrapped));
-        return nullptr;
+        return wrapped;
     }
     if (!qcache_ggml_abi_check(wrapped)) {
         qcache_fail(QCACHE_STATUS_VERSION, "device %s: its backend interface is not version %d", ggml_backend_dev_name(wrapped),
@@ -341,25 +370,50 @@ ggml_backend_dev_t qcache_backend_wrapped(ggml_backend_dev_t device) {
     return ggml_backend_dev_backend_reg(device) == registry() ? of(device).wrapped : device;
 }
 
-const char * qcache_backend_kernels(ggml_backend_dev_t device) {
-    return of(device).api->name;
+const char * qcache_backend_kernels(ggml_backend_dev_t device, const char ** why_not) {
+    if (qcache_backend_wrapped(device) != device) {
+        return of(device).api->name;
+    }
+    qcache_gpu_for(device, why_not);
+    return nullptr;
 }
 
-static std::vector<ggml_backend_dev_t> wrappable() {
+const char * qcache_backend_failed(ggml_backend_t backend) {
+    return is_ours(backend) && !of(backend).error.empty() ? of(backend).error.c_str() : nullptr;
+}
+
+void qcache_backend_forget(ggml_backend_buffer_t buffer) {
+    live_backends &             live = live_backends::get();
+    std::lock_guard<std::mutex> lock(live.mutex);
+    for (backend_context * b : live.all) {
+        b->ops->forget(buffer);
+    }
+}
+
+void qcache_backend_forget_all(ggml_backend_t backend) {
+    if (is_ours(backend)) {
+        of(backend).ops->forget(nullptr);
+    }
+}
+
+static std::vector<ggml_backend_dev_t> gpus() {
     std::vector<ggml_backend_dev_t> found;
     for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
-        if (qcache_gpu_for(ggml_backend_dev_get(i)) != nullptr) {
-            found.push_back(ggml_backend_dev_get(i));
+        const ggml_backend_dev_t         device  = ggml_backend_dev_get(i);
+        const enum ggml_backend_dev_type type    = ggml_backend_dev_type(device);
+        const char *                     why_not = nullptr;
+        if (type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU || qcache_gpu_for(device, &why_not) != nullptr) {
+            found.push_back(device);
         }
     }
     return found;
 }
 
 int qcache_backend_count() {
-    return (int) wrappable().size();
+    return (int) gpus().size();
 }
 
 ggml_backend_dev_t qcache_backend_get(int i) {
-    const auto found = wrappable();
+    const auto found = gpus();
     return i >= 0 && i < (int) found.size() ? found[i] : nullptr;
 }

@@ -43,6 +43,7 @@ struct qcache_composed {
     int32_t                  n_block_tokens;
     bool                     has_rows[2]; // of a modality
     std::vector<int32_t>     n_seen;      // [n_seqs] keys that any row sees: those after it may not be written yet
+    ggml_tensor *            slots = nullptr; // [n_rows] i64: of each row in its block; made when needed
 
     std::vector<std::unique_ptr<composed_shape>> shapes;
     std::vector<composed_bias>                   biases;
@@ -66,13 +67,27 @@ void qcache_composed_free(qcache_composed * c) {
     delete c;
 }
 
+// calls fn(first row, rows, block) for every run of rows that go to the same block
+template <typename F> static void for_runs(const qcache_attn_step * step, F && fn) {
+    for (int32_t ir = 0, n = 1; ir < step->n_rows; ir += n, n = 1) {
+        const qcache_attn_row & row = step->rows[ir];
+        while (ir + n < step->n_rows && step->rows[ir + n].seq == row.seq && step->rows[ir + n].block == row.block) {
+            n++;
+        }
+        fn(ir, n, step->seqs[row.seq].blocks[row.block]);
+    }
+}
+
 size_t qcache_composed_n_nodes(const qcache_attn_step * step) {
     size_t n_blocks = 0;
     for (int32_t is = 0; is < step->n_seqs; is++) {
         n_blocks += step->seqs[is].n_blocks;
     }
-    // per block and source: tensor, view, view of the buffer and copy, for K and V; the rest is a fixed number
-    return 2 * 8 * n_blocks + 48;
+    size_t n_runs = 0;
+    for_runs(step, [&](int32_t, int32_t, const qcache_attn_block &) { n_runs++; });
+    // per block and source: tensor, view, view of the buffer and copy, for K and V; per run: tensor, two views, padding, copy
+    // and node, likewise; the rest is a fixed number
+    return 2 * 8 * n_blocks + 2 * 8 * n_runs + 48;
 }
 
 // calls fn(source, block, keys of it, first column, seq) for every block that has columns
@@ -130,18 +145,71 @@ static composed_shape * get_shape(qcache_composed * c, ggml_context * ctx, const
     return &shape;
 }
 
+// K or V of one layer in a block: [n_row, n_block_tokens, n_head_kv], in place
+static ggml_tensor * block_rows(ggml_context * ctx, const qcache_attn_block & block, size_t offset, int32_t type, int64_t n_row, int32_t n_block_tokens,
+                                int64_t n_head_kv) {
+    if (block.buffer == nullptr) {
+        qcache_fail(QCACHE_STATUS_INTERNAL, "composed attention: the block at position %d lies in no buffer", block.first);
+        return nullptr;
+    }
+    ggml_tensor * rows = ggml_new_tensor_3d(ctx, (ggml_type) type, n_row, n_block_tokens, n_head_kv);
+    // not ggml_backend_tensor_alloc: CUDA pads quantised tensors with zeros there, into what follows in the block
+    rows->buffer = block.buffer;
+    rows->data   = block.data + offset;
+    return rows;
+}
+
+// rows first .. first+n-1 of x, [head_dim, n_head_kv, ...] f32, to their slots of a block
+static ggml_tensor * store(qcache_composed * c, ggml_context * ctx, const qcache_append_params & p, const qcache_attn_block & block, size_t offset,
+                           int32_t type, ggml_tensor * x, int32_t first, int32_t n, int32_t first_slot) {
+    const int64_t n_row = n_row_elements(type, p.head_dim);
+    ggml_tensor * rows  = block_rows(ctx, block, offset, type, n_row, p.n_block_tokens, p.n_head_kv);
+    if (rows == nullptr) {
+        return nullptr;
+    }
+    ggml_tensor * src = ggml_view_3d(ctx, x, p.head_dim, n, p.n_head_kv, x->nb[2], x->nb[1], first * x->nb[2]);
+    if (n_row != p.head_dim) {
+        src = ggml_pad(ctx, ggml_cont(ctx, src), (int) (n_row - p.head_dim), 0, 0, 0);
+    }
+    ggml_tensor * slots = ggml_view_1d(ctx, c->slots, n, first_slot * c->slots->nb[0]);
+    return ggml_set_rows(ctx, rows, src, slots);
+}
+
+ggml_tensor * qcache_composed_append(qcache_composed * c, ggml_context * ctx, ggml_cgraph * graph, ggml_tensor * k, ggml_tensor * v,
+                                     const qcache_append_params * params) {
+    const qcache_append_params & p = *params;
+    if (c->slots == nullptr) {
+        c->slots = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, c->step->n_rows);
+        ggml_set_input(c->slots);
+    }
+    bool          ok   = true;
+    int32_t       n_k  = 0; // rows with K so far
+    ggml_tensor * last = nullptr;
+    for_runs(c->step, [&](int32_t ir, int32_t n, const qcache_attn_block & block) {
+        if (p.k_offset[block.modality] != SIZE_MAX) {
+            last = ok ? store(c, ctx, p, block, p.k_offset[block.modality], p.type_k, k, n_k, n, ir) : nullptr;
+            ok   = last != nullptr;
+            n_k += n;
+            if (ok) {
+                ggml_build_forward_expand(graph, last);
+            }
+        }
+        last = ok ? store(c, ctx, p, block, p.v_offset[block.modality], p.type_v, v, ir, n, ir) : nullptr;
+        ok   = last != nullptr;
+        if (ok) {
+            ggml_build_forward_expand(graph, last);
+        }
+    });
+    return last;
+}
+
 // copies the rows of one layer in a block, f32 or converted to it, to columns of a gather buffer
 static bool gather(ggml_context * ctx, ggml_cgraph * graph, const qcache_attn_block & block, int32_t n, size_t offset, int32_t type,
                    int32_t n_block_tokens, ggml_tensor * dst, int64_t col) {
-    // rows: [n_row, n_block_tokens, n_head_kv], in place
-    ggml_tensor * rows = ggml_new_tensor_3d(ctx, (ggml_type) type, dst->ne[0], n_block_tokens, dst->ne[2]);
-    if (block.buffer == nullptr) {
-        qcache_fail(QCACHE_STATUS_INTERNAL, "composed attention: the block at position %d lies in no buffer", block.first);
+    ggml_tensor * rows = block_rows(ctx, block, offset, type, dst->ne[0], n_block_tokens, dst->ne[2]);
+    if (rows == nullptr) {
         return false;
     }
-    // not ggml_backend_tensor_alloc: CUDA pads quantised tensors with zeros there, into what follows in the block
-    rows->buffer       = block.buffer;
-    rows->data         = block.data + offset;
     ggml_tensor * src  = ggml_view_3d(ctx, rows, rows->ne[0], n, rows->ne[2], rows->nb[1], rows->nb[2], 0);
     ggml_tensor * cols = ggml_view_3d(ctx, dst, dst->ne[0], n, dst->ne[2], dst->nb[1], dst->nb[2], col * dst->nb[1]);
     ggml_build_forward_expand(graph, ggml_cpy(ctx, src, cols));
@@ -243,6 +311,13 @@ static void set(ggml_tensor * tensor, const void * data) {
 
 void qcache_composed_set_inputs(const qcache_composed * c) {
     const int64_t n_rows = c->step->n_rows;
+
+    std::vector<int64_t> slots;
+    for (int64_t ir = 0; ir < n_rows && c->slots != nullptr; ir++) {
+        const qcache_attn_row & row = c->step->rows[ir];
+        slots.push_back(row.pos - c->step->seqs[row.seq].blocks[row.block].first);
+    }
+    set(c->slots, slots.data());
 
     for (const auto & shape : c->shapes) {
         std::vector<int32_t> own_rows;

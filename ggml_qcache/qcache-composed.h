@@ -12,6 +12,10 @@ struct qcache_composed;
 qcache_composed * qcache_composed_init(ggml_context * ctx, const qcache_attn_step * step, int32_t n_block_tokens);
 void              qcache_composed_free(qcache_composed * c);
 
+// New K and V of one layer into their blocks; arguments as qcache_op_append. -> the last node, which is in graph already
+ggml_tensor * qcache_composed_append(qcache_composed * c, ggml_context * ctx, ggml_cgraph * graph, ggml_tensor * k, ggml_tensor * v,
+                                     const qcache_append_params * params);
+
 // Attention of one layer; arguments and result as qcache_op_attn (score_op is ignored). `after` and the gathers are
 // expanded into graph here, so that what append wrote is what they read.
 ggml_tensor * qcache_composed_attn(qcache_composed * c, ggml_context * ctx, ggml_cgraph * graph, ggml_tensor * q_own,

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "qcache-backend.h"
 #include "qcache-graph.h"
 
 #include <ggml-alloc.h>
@@ -52,9 +53,13 @@ struct qcache_stage {
     const qcache_placement & placement;
     int32_t                  first, end; // layers
 
-    ggml_backend_ptr        backend;
-    ggml_gallocr_ptr        galloc;
-    ggml_backend_buffer_ptr scores;
+    const qcache_attn_kernel * kernel; // on a GPU its own take the place; NULL: composed
+    bool                       stock;  // the device computes ggml's operations alone
+
+    ggml_backend_ptr  backend;
+    ggml_gallocr_ptr  galloc;
+    size_t            compute_bytes = 0; // of galloc's buffer
+    qcache_buffer_ptr scores;
 
     // the current step and its graph
     std::vector<qcache_attn_block> blocks; // of all its sequences
@@ -68,8 +73,8 @@ struct qcache_stage {
     ggml_cgraph *                  gf     = nullptr;
     ggml_tensor *                  result = nullptr;
 
-    qcache_stage(const qcache_placement & placement, int32_t first, int32_t end) :
-        placement(placement), first(first), end(end), backend(ggml_backend_dev_init(placement.device, nullptr)),
+    qcache_stage(const qcache_placement & placement, int32_t first, int32_t end, const qcache_attn_kernel * kernel, bool stock) :
+        placement(placement), first(first), end(end), kernel(kernel), stock(stock), backend(ggml_backend_dev_init(placement.device, nullptr)),
         galloc(ggml_gallocr_new(buft())) {}
 
     ggml_backend_buffer_type_t buft() const { return ggml_backend_dev_buffer_type(placement.device); }
@@ -81,7 +86,6 @@ struct qcache_context {
     std::vector<int32_t>         leader;
     enum qcache_lazy_mode        mode;
     std::vector<float>           vis_bias; // [n_layer][n_head], or empty: the model's
-    const qcache_attn_kernel *   kernel;   // NULL: composed
     std::vector<qcache_stage>    stages;
     qcache_cache                 cache;    // a part for each stage
     std::string                  attn_name;
@@ -103,9 +107,9 @@ struct qcache_context {
     std::unique_ptr<qcache_capture_store> capture; // NULL while nothing is captured
 
     qcache_context(const qcache_model & model, struct qcache_context_params params, std::vector<int32_t> leader,
-                   enum qcache_lazy_mode mode, std::vector<float> vis_bias, const qcache_attn_kernel * kernel,
-                   std::vector<qcache_stage> stages, std::vector<qcache_cache_part> parts, std::vector<int32_t> fingerprint) :
-        model(model), params(params), leader(std::move(leader)), mode(mode), vis_bias(std::move(vis_bias)), kernel(kernel),
+                   enum qcache_lazy_mode mode, std::vector<float> vis_bias, std::vector<qcache_stage> stages,
+                   std::vector<qcache_cache_part> parts, std::vector<int32_t> fingerprint) :
+        model(model), params(params), leader(std::move(leader)), mode(mode), vis_bias(std::move(vis_bias)),
         stages(std::move(stages)),
         cache(std::move(parts), params.n_seq_max, params.kv_bytes_max, std::move(fingerprint)) {}
 

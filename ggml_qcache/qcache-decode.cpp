@@ -146,7 +146,7 @@ enum qcache_status prepare_scores(const qcache_context & ctx, qcache_stage & sta
     const size_t n_bytes = sizeof(float) * attn.n_rows * ctx.model.hparams.n_head * attn.n_score_keys;
     // a GPU computes many rows on matrix units, which leave no logits behind
     const bool pays = stage.placement.is_gpu ? ctx.chunk.decoding() : n_bytes <= SCORE_CACHE_AUTO_BYTES;
-    use_scores      = ctx.kernel != nullptr && ctx.n_lazy_layers() > 0 &&
+    use_scores      = stage.kernel != nullptr && ctx.n_lazy_layers() > 0 &&
                  (ctx.params.score_cache == QCACHE_SCORE_CACHE_ON || (ctx.params.v_skip > 0.0f && ctx.chunk.decoding()) || (ctx.params.score_cache == QCACHE_SCORE_CACHE_AUTO && pays));
     if (!use_scores) {
         return QCACHE_STATUS_SUCCESS;
@@ -158,13 +158,14 @@ enum qcache_status prepare_scores(const qcache_context & ctx, qcache_stage & sta
             return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot allocate %zu bytes for the logits of leaders", n_bytes);
         }
     }
-    attn.scores = (float *) ggml_backend_buffer_get_base(stage.scores.get());
+    attn.scores        = (float *) ggml_backend_buffer_get_base(stage.scores.get());
+    attn.scores_buffer = stage.scores.get();
     return QCACHE_STATUS_SUCCESS;
 }
 
 // scratch of the CPU's attention kernel for all threads; NULL: the composed path needs none
-uint8_t * prepare_scratch(qcache_context & ctx, int32_t n_threads) {
-    if (ctx.kernel == nullptr) {
+uint8_t * prepare_scratch(qcache_context & ctx, const qcache_stage & stage, int32_t n_threads) {
+    if (stage.kernel == nullptr) {
         return nullptr;
     }
     if (ctx.n_scratch < n_threads) {
@@ -177,11 +178,24 @@ uint8_t * prepare_scratch(qcache_context & ctx, int32_t n_threads) {
     return ctx.scratch.data();
 }
 
+// ggml's backends end the process on an operation that they do not have
+enum qcache_status check_stock(const qcache_stage & stage) {
+    for (int i = 0; i < ggml_graph_n_nodes(stage.gf); i++) {
+        const ggml_tensor * node = ggml_graph_node(stage.gf, i);
+        if (!ggml_backend_dev_supports_op(stage.placement.device, node)) {
+            return qcache_fail(QCACHE_STATUS_UNSUPPORTED, "%s cannot compute node %s (%s of type %s, from type %s) of layers %d .. %d",
+                               ggml_backend_dev_name(stage.placement.device), node->name, ggml_op_desc(node), ggml_type_name(node->type),
+                               node->src[0] == nullptr ? "none" : ggml_type_name(node->src[0]->type), stage.first, stage.end - 1);
+        }
+    }
+    return QCACHE_STATUS_SUCCESS;
+}
+
 // The graph of a stage's step, unless the last one does: layers from the residual stream to the residual stream, or to the
 // logits.
 enum qcache_status prepare_graph(qcache_context & ctx, qcache_stage & stage, const qcache_graph_shape & shape) {
     // composed nodes depend on the blocks, and what is captured on the batch
-    if (stage.graph && ctx.kernel != nullptr && !ctx.capture && stage.shape == shape) {
+    if (stage.graph && stage.kernel != nullptr && !ctx.capture && stage.shape == shape) {
         return QCACHE_STATUS_SUCCESS;
     }
     stage.graph.reset();
@@ -209,7 +223,17 @@ enum qcache_status prepare_graph(qcache_context & ctx, qcache_stage & stage, con
     }
     ggml_set_output(stage.result);
     ggml_build_forward_expand(stage.gf, stage.result);
-    if (!ggml_gallocr_alloc_graph(stage.galloc.get(), stage.gf)) {
+    if (stage.stock) {
+        if (const enum qcache_status status = check_stock(stage); status != QCACHE_STATUS_SUCCESS) {
+            return status;
+        }
+    }
+    const bool allocated = ggml_gallocr_alloc_graph(stage.galloc.get(), stage.gf);
+    if (const size_t n_bytes = ggml_gallocr_get_buffer_size(stage.galloc.get(), 0); n_bytes != stage.compute_bytes) {
+        stage.compute_bytes = n_bytes;
+        qcache_backend_forget_all(stage.backend.get()); // another buffer took the last one's place
+    }
+    if (!allocated) {
         return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "cannot allocate the compute buffer for %d rows on %s", shape.n_rows,
                            ggml_backend_name(stage.backend.get()));
     }
@@ -244,7 +268,7 @@ enum qcache_status compute_stage(qcache_context & ctx, size_t i_stage) {
     }
     if (!stage.step) {
         stage.step.reset(new qcache_step{ ctx.model, ctx.leader, ctx.mode, ctx.vis_bias.empty() ? nullptr : ctx.vis_bias.data(),
-                                          ctx.params.v_skip, stage.first, stage.end, stage.placement.rope_freqs, ctx.cache.layout(i_stage), {}, false, ctx.kernel, nullptr,
+                                          ctx.params.v_skip, stage.first, stage.end, stage.placement.rope_freqs, ctx.cache.layout(i_stage), {}, false, stage.kernel, stage.stock, nullptr,
                                           0, 0, nullptr, nullptr });
     }
     qcache_attn_step & attn = stage.step->attn;
@@ -253,6 +277,7 @@ enum qcache_status compute_stage(qcache_context & ctx, size_t i_stage) {
     attn.n_seqs             = (int32_t) stage.seqs.size();
     attn.n_rows             = (int32_t) c.attn_rows.size();
     attn.scores             = nullptr;
+    attn.scores_buffer      = nullptr;
     attn.n_score_keys       = c.pos_max + 1;
     stage.step->out_rows    = stage.out.data();
 
@@ -262,7 +287,7 @@ enum qcache_status compute_stage(qcache_context & ctx, size_t i_stage) {
     }
     const int32_t n_threads = c.decoding() ? ctx.params.n_threads : ctx.params.n_threads_batch;
     const enum qcache_status prepared = prepare_graph(
-        ctx, stage, { attn.n_rows, c.n_text, (int32_t) stage.out.size(), use_scores, prepare_scratch(ctx, n_threads) });
+        ctx, stage, { attn.n_rows, c.n_text, (int32_t) stage.out.size(), use_scores, prepare_scratch(ctx, stage, n_threads) });
     if (prepared != QCACHE_STATUS_SUCCESS) {
         return prepared;
     }
@@ -280,10 +305,12 @@ enum qcache_status compute_stage(qcache_context & ctx, size_t i_stage) {
         ggml_backend_cpu_set_n_threads(stage.backend.get(), n_threads);
     }
     const enum ggml_status status = ggml_backend_graph_compute(stage.backend.get(), stage.gf);
-    if (status != GGML_STATUS_SUCCESS) {
+    // kernels of ours may have failed after the last of the graph was given to the device
+    const char * error = qcache_backend_failed(stage.backend.get());
+    if (status != GGML_STATUS_SUCCESS || error != nullptr) {
         return qcache_fail(status == GGML_STATUS_ALLOC_FAILED ? QCACHE_STATUS_OUT_OF_MEMORY : QCACHE_STATUS_INTERNAL,
                            "computing %d rows on %s failed: %s", attn.n_rows, ggml_backend_name(stage.backend.get()),
-                           ggml_status_to_string(status));
+                           error != nullptr ? error : ggml_status_to_string(status));
     }
     if (!is_last) {
         ggml_backend_tensor_get(stage.result, ctx.residual.data(), 0, ggml_nbytes(stage.result));

@@ -151,7 +151,7 @@ ggml_tensor * qcache_graph::lazy_attention(int32_t il, ggml_tensor * q, ggml_ten
     }
 
     v                     = ggml_reshape_3d(ctx, v, hp.head_dim, hp.n_head_kv, n_rows);
-    ggml_tensor * written = qcache_op_append(ctx, k, v, &append);
+    ggml_tensor * written = step.stock ? qcache_composed_append(composed.get(), ctx, gf, k, v, &append) : qcache_op_append(ctx, k, v, &append);
     if (written == nullptr) {
         return nullptr;
     }

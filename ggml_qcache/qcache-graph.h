@@ -32,6 +32,7 @@ struct qcache_step {
     qcache_attn_step           attn;      // rows, sequences, score cache
     bool                       use_scores;
     const qcache_attn_kernel * kernel;    // NULL: composed
+    bool                       stock;     // of ggml's operations alone, new K and V too
     uint8_t *                  wdata;     // scratch of all threads
 
     int32_t         n_text;   // rows, before the visual ones

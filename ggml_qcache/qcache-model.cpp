@@ -276,7 +276,7 @@ enum qcache_status place_layers(const struct qcache_model_params & params, ggml_
         for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
             found += std::string(i > 0 ? ", " : "") + ggml_backend_dev_name(ggml_backend_dev_get(i));
         }
-        return qcache_fail(QCACHE_STATUS_UNSUPPORTED, "n_gpu_layers is %d, but of ggml's devices (%s) none is a GPU that this build has kernels for",
+        return qcache_fail(QCACHE_STATUS_UNSUPPORTED, "n_gpu_layers is %d, but of ggml's devices (%s) none is a GPU",
                            params.n_gpu_layers, found.c_str());
     }
     if (params.main_gpu < 0 || params.main_gpu >= n_devices) {

@@ -65,7 +65,7 @@ struct qcache_layer {
 
 // consecutive layers whose weights lie on one device, which computes them
 struct qcache_placement {
-    ggml_backend_dev_t device;               // the CPU, or one of qcache_backend_device
+    ggml_backend_dev_t device;               // the CPU, or what qcache_backend_device gave
     int32_t            first, end;           // layers
     bool               is_gpu;
     ggml_tensor *      rope_freqs = nullptr; // [n_rot / 2] f32 frequency factors (Llama 3), or NULL

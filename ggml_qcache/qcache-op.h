@@ -29,7 +29,7 @@ struct qcache_attn_block {
     int32_t   first;    // position of its first token in the sequence
     int32_t   n;        // tokens in it that belong to the sequence, 1 .. n_block_tokens
     int8_t    modality; // enum qcache_modality
-    struct ggml_backend_buffer * buffer; // that data lies in; only the composed path needs it
+    struct ggml_backend_buffer * buffer; // that data lies in; the composed path and a GPU need it
 };
 
 struct qcache_attn_seq {
@@ -53,6 +53,7 @@ struct qcache_attn_step {
     int32_t                 n_rows;
     float *                 scores;      // score cache [n_rows][n_head][n_score_keys] raw logits (scaled, no bias), or NULL
     int32_t                 n_score_keys; // row stride of scores, >= largest pos + 1
+    struct ggml_backend_buffer * scores_buffer; // that scores lie in; only a GPU needs it
 };
 
 // one layer

@@ -33,7 +33,7 @@ bool qcache_slabs::grow() {
     const size_t wanted = std::clamp(bytes(), PAGE_BYTES, SLAB_BYTES_MAX);
     for (size_t n = std::max<size_t>(wanted / stride, 1); n > 0; n /= 2) { // what is left may be less
         const size_t size = round_up(n * stride, PAGE_BYTES);
-        slab         s    = { ggml_backend_buffer_ptr(ggml_backend_buft_alloc_buffer(buft, size + (host ? PAGE_BYTES : 0))), nullptr, 0, {} };
+        slab         s    = { qcache_buffer_ptr(ggml_backend_buft_alloc_buffer(buft, size + (host ? PAGE_BYTES : 0))), nullptr, 0, {} };
         if (!s.buffer) {
             continue;
         }

@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include <ggml-cpp.h>
+#include "qcache-backend.h"
 
 #include <cstdint>
 #include <list>
@@ -13,10 +13,10 @@
 
 class qcache_slabs {
     struct slab {
-        ggml_backend_buffer_ptr buffer;
-        uint8_t *               first;
-        int32_t                 n_blocks;
-        std::vector<int32_t>    free;
+        qcache_buffer_ptr    buffer;
+        uint8_t *            first;
+        int32_t              n_blocks;
+        std::vector<int32_t> free;
     };
 
   public:

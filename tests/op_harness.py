@@ -81,6 +81,12 @@ def load_library() -> ctypes.CDLL:
     lib.harness_block.restype = ctypes.c_void_p
     lib.harness_block.argtypes = [ctypes.c_void_p, ctypes.c_int32]
     lib.harness_kernel_name.restype = ctypes.c_char_p
+    lib.harness_metal_emulate.restype = ctypes.c_char_p
+    lib.harness_metal_emulate.argtypes = [
+        ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64,
+    ]
+    lib.harness_metal_without_barrier.argtypes = [ctypes.c_int32]
+    lib.harness_metal_barriers.argtypes = [ctypes.c_void_p, ctypes.c_int32]
     lib.harness_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32]
     return lib
 

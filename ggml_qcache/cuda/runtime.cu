@@ -10,6 +10,7 @@
 
 #include <ggml-backend.h>
 
+#include <cstdio>
 #include <cstring>
 #include <memory>
 
@@ -103,10 +104,10 @@ bool cuda_leave(void * ctx) {
 }
 
 // Through pinned memory, or the copy would make the host wait.
-void * cuda_upload(void * ctx, const void * data, size_t size) {
+uint64_t cuda_upload(void * ctx, const void * data, size_t size) {
     auto & c = *(cuda_context *) ctx;
     if (!check(cudaSetDevice(c.device), "choosing the device") || !check(cudaEventSynchronize(c.uploaded), "waiting for an upload")) {
-        return nullptr;
+        return 0;
     }
     if (size > c.n_table) {
         cudaFree(c.table); // waits for the kernels that read it
@@ -115,31 +116,31 @@ void * cuda_upload(void * ctx, const void * data, size_t size) {
         c.n_table           = 0;
         const size_t n      = size * 2; // blocks come one by one
         if (!check(cudaMalloc(&c.table, n), "allocating tables") || !check(cudaMallocHost(&c.staging, n), "allocating staging memory")) {
-            return nullptr;
+            return 0;
         }
         c.n_table = n;
     }
     memcpy(c.staging, data, size);
     const bool ok = check(cudaMemcpyAsync(c.table, c.staging, size, cudaMemcpyHostToDevice, c.stream), "copying tables") &&
                     check(cudaEventRecord(c.uploaded, c.stream), "recording an event");
-    return ok ? c.table : nullptr;
+    return ok ? (uint64_t) (uintptr_t) c.table : 0;
 }
 
-void * cuda_workspace(void * ctx, size_t size) {
+uint64_t cuda_workspace(void * ctx, size_t size) {
     auto & c = *(cuda_context *) ctx;
     if (!check(cudaSetDevice(c.device), "choosing the device")) {
-        return nullptr;
+        return 0;
     }
     if (size > c.n_work) {
         cudaFree(c.work);
         c.work   = nullptr;
         c.n_work = 0;
         if (!check(cudaMalloc(&c.work, size), "allocating workspace")) {
-            return nullptr;
+            return 0;
         }
         c.n_work = size;
     }
-    return c.work;
+    return (uint64_t) (uintptr_t) c.work;
 }
 
 bool cuda_launch(void * ctx, const qcache_gpu_launch & l, const void * args) {
@@ -156,11 +157,16 @@ bool cuda_launch(void * ctx, const qcache_gpu_launch & l, const void * args) {
 }
 
 bool cuda_synchronize(void * ctx) {
-    return check(cudaStreamSynchronize(((cuda_context *) ctx)->stream), "waiting for the stream");
+    if (check(cudaStreamSynchronize(((cuda_context *) ctx)->stream), "waiting for the stream")) {
+        return true;
+    }
+    fprintf(stderr, "qcache: %s\n", qcache_last_error()); // ggml's own check is about to end the process
+    return false;
 }
 
 } // namespace
 
 extern const qcache_gpu_i qcache_gpu_cuda;
-const qcache_gpu_i        qcache_gpu_cuda = { "cuda",     QG_TILE_ROWS, qg_prefill_shared, cuda_init,   cuda_free,       cuda_enter,
-                                              cuda_leave, cuda_upload,  cuda_workspace,    cuda_launch, cuda_synchronize };
+const qcache_gpu_i        qcache_gpu_cuda = { "cuda",     QG_TILE_ROWS, qg_prefill_shared, cuda_init,   cuda_free,        cuda_enter,
+                                              cuda_leave, cuda_upload,  cuda_workspace,    cuda_launch, cuda_synchronize, nullptr,
+                                              nullptr };

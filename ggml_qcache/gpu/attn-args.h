@@ -74,3 +74,8 @@ struct qg_append_args {
     int32_t  k_row_bytes, v_row_bytes, type_k, type_v;
     int32_t  k_kind;         // which of qg_row.k_row counts: 0 every row keeps K, 1 the text rows alone
 };
+
+// one layout for the host's compiler and the device's
+static_assert(sizeof(qg_block) == 24 && sizeof(qg_row) == 32 && sizeof(qg_tile) == 20, "padding");
+static_assert(sizeof(qg_attn_args) == 192, "padding");
+static_assert(sizeof(qg_append_args) == 104, "padding");

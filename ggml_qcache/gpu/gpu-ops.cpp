@@ -42,6 +42,16 @@ bool qcache_gpu_ops::supports(const qcache_attn_params & p) {
     return qcache_kv_type_supported(p.type_k, p.head_dim) && qcache_kv_type_supported(p.type_v, p.head_dim) && p.n_head % p.n_head_kv == 0;
 }
 
+bool qcache_gpu_ops::to_address(ggml_backend_buffer * buffer, const void * pointer, uint64_t & at) {
+    at = pointer == nullptr || api->address == nullptr ? (uint64_t) (uintptr_t) pointer : api->address(ctx, buffer, pointer);
+    return at != 0 || pointer == nullptr;
+}
+
+bool qcache_gpu_ops::to_address(const ggml_tensor * tensor, uint64_t & at) {
+    at = 0;
+    return tensor == nullptr || to_address(tensor->view_src != nullptr ? tensor->view_src->buffer : tensor->buffer, tensor->data, at);
+}
+
 bool qcache_gpu_ops::begin(const qcache_attn_step & step, const std::vector<const qcache_attn_params *> & attn) {
     std::vector<qg_block> block_table;
     std::vector<int32_t>  first_of_seq;
@@ -51,7 +61,10 @@ bool qcache_gpu_ops::begin(const qcache_attn_step & step, const std::vector<cons
         first_of_seq.push_back((int32_t) block_table.size());
         for (int32_t ib = 0; ib < step.seqs[is].n_blocks; ib++) {
             const qcache_attn_block & b = step.seqs[is].blocks[ib];
-            block_table.push_back({ (uint64_t) (uintptr_t) b.data, b.first, b.n, b.modality, 0 });
+            block_table.push_back({ 0, b.first, b.n, b.modality, 0 });
+            if (!to_address(b.buffer, b.data, block_table.back().data)) {
+                return false;
+            }
         }
     }
     std::vector<qg_row>                                 row_table;
@@ -92,8 +105,8 @@ bool qcache_gpu_ops::begin(const qcache_attn_step & step, const std::vector<cons
     for (const qcache_attn_params * p : attn) {
         bias.push_back(p->vis_bias == nullptr ? 0 : put(p->vis_bias, p->n_head * sizeof(float)));
     }
-    const auto base = (uint64_t) (uintptr_t) api->upload(ctx, table.data(), table.size());
-    if (base == 0) {
+    const uint64_t base = api->upload(ctx, table.data(), table.size());
+    if (base == 0 || !to_address(step.scores_buffer, step.scores, scores)) {
         return false;
     }
     for (uint64_t * at : { &blocks, &rows, &tiles, &tile_rows }) {
@@ -105,12 +118,13 @@ bool qcache_gpu_ops::begin(const qcache_attn_step & step, const std::vector<cons
     return true;
 }
 
-bool qcache_gpu_ops::append(const qcache_append_params & p, const float * k, const float * v) {
+bool qcache_gpu_ops::append(const qcache_append_params & p, const ggml_tensor * node) {
     qg_append_args a = {};
     a.blocks         = blocks;
     a.rows           = rows;
-    a.k              = (uint64_t) (uintptr_t) k;
-    a.v              = (uint64_t) (uintptr_t) v;
+    if (!to_address(node->src[1], a.k) || !to_address(node->src[0], a.v)) {
+        return false;
+    }
     a.head_dim       = p.head_dim;
     a.n_head_kv      = p.n_head_kv;
     a.n_block_tokens = p.n_block_tokens;
@@ -128,16 +142,16 @@ bool qcache_gpu_ops::append(const qcache_append_params & p, const float * k, con
     return api->launch(ctx, { QCACHE_GPU_APPEND, a.type_k, a.type_v, 0, { p.n_head_kv, n_rows, 1 }, 0 }, &a);
 }
 
-bool qcache_gpu_ops::attn(const qcache_attn_params & p, int index, const float * q_own, const float * q_leader, float * dst) {
+bool qcache_gpu_ops::attn(const qcache_attn_params & p, int index, const ggml_tensor * node) {
     qg_attn_args a   = {};
     a.blocks         = blocks;
     a.rows           = rows;
     a.tiles          = tiles;
     a.tile_rows      = tile_rows;
-    a.q_own          = (uint64_t) (uintptr_t) q_own;
-    a.q_leader       = (uint64_t) (uintptr_t) q_leader;
-    a.dst            = (uint64_t) (uintptr_t) dst;
-    a.scores         = (uint64_t) (uintptr_t) p.step->scores;
+    if (!to_address(node->src[0], a.q_own) || !to_address(node->src[1], a.q_leader) || !to_address(node, a.dst)) {
+        return false;
+    }
+    a.scores         = scores;
     a.vis_bias       = bias[index];
     a.head_dim       = p.head_dim;
     a.n_head         = p.n_head;
@@ -178,7 +192,7 @@ bool qcache_gpu_ops::attn(const qcache_attn_params & p, int index, const float *
     const size_t n_limits  = skips ? (size_t) n_rows * p.n_head : 0;
     const size_t n_partial = a.n_splits > 1 ? (size_t) n_rows * p.n_head * a.n_splits * (p.head_dim + 2) : 0;
     if (n_limits + n_partial > 0) {
-        const auto work = (uint64_t) (uintptr_t) api->workspace(ctx, (n_limits + n_partial) * sizeof(float));
+        const uint64_t work = api->workspace(ctx, (n_limits + n_partial) * sizeof(float));
         if (work == 0) {
             return false;
         }

@@ -92,13 +92,13 @@ struct qcache_model_params {
     void *                   progress_user_data;
     int32_t                  n_gpu_layers; // last layers to compute on a GPU, < 0: all, default 0; fewer where that would tear
                                            // a Lazy Block of the file
-    int32_t                  main_gpu;     // which of the GPUs we have kernels for, in ggml's order, default 0
+    int32_t                  main_gpu;     // which of ggml's GPUs, default 0; one without kernels of ours computes attention composed
 };
 
 QCACHE_API struct qcache_model_params qcache_model_default_params(void);
 
 // Reads a `llama` or `qwen2` GGUF. On success *model must be given to qcache_model_free.
-// FILE, INVALID_MODEL, UNSUPPORTED (the model, or no GPU with kernels of ours), INVALID_ARGUMENT (main_gpu),
+// FILE, INVALID_MODEL, UNSUPPORTED (the model, or no GPU), INVALID_ARGUMENT (main_gpu),
 // OUT_OF_MEMORY, VERSION: *model is NULL.
 QCACHE_API enum qcache_status qcache_model_init(const char * path, struct qcache_model_params params, qcache_model_t ** model);
 
@@ -174,14 +174,14 @@ struct qcache_context_params {
     enum qcache_score_cache score_cache;
     float                   v_skip;          // V skipping: share of a row's attention, 0 .. 1, that lazy layers may leave out when they
                                              // decode, default 0: none. Their output is off by at most v_skip max |v|. Needs
-                                             // the score cache (it stays on) and a vector kernel of the CPU
+                                             // the score cache (it stays on) and a kernel of ours
 };
 
 QCACHE_API struct qcache_context_params qcache_context_default_params(void);
 
 // The model must outlive the context.
 // INVALID_ARGUMENT (values out of range, leaders that break the rules), UNSUPPORTED (a layer would need weights of its
-// attention that the file left out; a KV type), OUT_OF_MEMORY: *ctx is NULL.
+// attention that the file left out; a KV type), OUT_OF_MEMORY, INTERNAL (our kernels don't start on the GPU): *ctx is NULL.
 QCACHE_API enum qcache_status qcache_context_init(const qcache_model_t * model, struct qcache_context_params params, qcache_context_t ** ctx);
 
 QCACHE_API void qcache_context_free(qcache_context_t * ctx);
@@ -201,7 +201,8 @@ struct qcache_batch {
 // Appends the batch and computes it, in chunks of n_ubatch rows. Rows of one sequence are in order; its rows see its
 // earlier rows, those in this batch included.
 // SUCCESS: every row is in the cache, the logits asked for can be read.
-// INVALID_ARGUMENT, CONTEXT_FULL, NO_BLOCKS, OUT_OF_MEMORY, INTERNAL: nothing was appended, earlier logits are gone.
+// INVALID_ARGUMENT, CONTEXT_FULL, NO_BLOCKS, OUT_OF_MEMORY, INTERNAL, UNSUPPORTED (an operation that a GPU without kernels of ours
+// lacks): nothing was appended, earlier logits are gone.
 QCACHE_API enum qcache_status qcache_decode(qcache_context_t * ctx, struct qcache_batch batch);
 
 // Logits [n_vocab] of row i of the last batch (i < 0 counts from the end of the rows that have logits), or NULL
@@ -213,8 +214,8 @@ QCACHE_API int32_t qcache_n_ctx(const qcache_context_t * ctx);
 // The lazy mode and leaders in force. `leader` (may be NULL) receives n_layer values.
 QCACHE_API enum qcache_lazy_mode qcache_get_lazy(const qcache_context_t * ctx, int32_t * leader);
 
-// "avx512", "avx2", "neon", "scalar", "cuda" or "composed": what attention runs on in this context, in the order of the
-// layers where that is two, as "avx2, cuda".
+// "avx512", "avx2", "neon", "scalar", "cuda", "metal" or "composed": what attention runs on in this context, in the order of
+// the layers where that is two, as "avx2, cuda". A GPU without kernels of ours adds why: "composed, as MTL0: its ...".
 QCACHE_API const char * qcache_attn_name(const qcache_context_t * ctx);
 
 // Threads of later decodes, as in the parameters: 0: all cores.
@@ -252,7 +253,7 @@ struct qcache_kv_usage {
     int32_t n_tokens_visual;
     int32_t n_lazy_layers;
     int32_t n_dropped_layers;
-    int64_t n_v_rows;         // of one KV head, in lazy layers that decoded with v_skip above 0, since the context was made
+    int64_t n_v_rows;         // of one KV head, in lazy layers on the CPU that decoded with v_skip above 0, since the context was made
     int64_t n_v_rows_skipped; // of those, rows that were not read
 };
 

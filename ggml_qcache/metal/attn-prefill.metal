@@ -84,7 +84,7 @@ template <int DIM> inline void qg_metal_prefill(thread qg_metal_thread & t, cons
         device const uint8_t * v     = data + p.v_offset[block.modality] + first * p.v_row_bytes;
 
         if (leads != loaded) {
-            t.sync(); // all have read the last tile of Q
+            // the last tile of Q was read before the barriers around the last tile of V
             for (int i = t.index(); i < QG_METAL_TILE_ROWS * DIM / 8; i += QG_THREADS) {
                 const int r = i / (DIM / 8), chunk = i % (DIM / 8);
                 qg_u4     eight = qg_u4(0);

@@ -160,7 +160,7 @@ class Model:
             path: GGUF file.
             use_extra_bufts: Repack weights for this CPU where ggml offers it.
             n_gpu_layers: Last layers to compute on a GPU, -1: all; fewer where that would tear a Lazy Block.
-            main_gpu: Which of the GPUs that there are kernels for.
+            main_gpu: Which of ggml's GPUs.
 
         Raises:
             FileError, ModelError, UnsupportedError, InvalidArgumentError, OutOfMemoryError: As ``qcache_model_init``.

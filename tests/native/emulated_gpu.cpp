@@ -49,16 +49,16 @@ bool leave(void * ctx) {
     return true;
 }
 
-void * upload(void * ctx, const void * data, size_t size) {
+uint64_t upload(void * ctx, const void * data, size_t size) {
     auto & table = ((emulated *) ctx)->table;
     table.assign((const uint8_t *) data, (const uint8_t *) data + size);
-    return table.data();
+    return (uint64_t) (uintptr_t) table.data();
 }
 
-void * workspace(void * ctx, size_t size) {
+uint64_t workspace(void * ctx, size_t size) {
     auto & work = ((emulated *) ctx)->work;
     work.assign(size, 0xff); // NaN
-    return work.data();
+    return (uint64_t) (uintptr_t) work.data();
 }
 
 bool was_entered(void * ctx) {
@@ -115,7 +115,8 @@ bool synchronize(void *) {
     return true;
 }
 
-qcache_gpu_i runtime = { "emulated", QG_TILE_ROWS, qg_prefill_shared, init, free_, enter, leave, upload, workspace, launch, synchronize };
+qcache_gpu_i runtime = { "emulated", QG_TILE_ROWS, qg_prefill_shared, init,        free_,   enter,  leave,
+                         upload,     workspace,    launch,            synchronize, nullptr, nullptr };
 
 } // namespace
 
@@ -126,6 +127,7 @@ void qcache_emulated_gpu_use(bool metal) {
     runtime.launch         = metal ? launch_metal : launch;
 }
 
-const qcache_gpu_i * qcache_gpu_for(ggml_backend_device * device) {
+const qcache_gpu_i * qcache_gpu_for(ggml_backend_device * device, const char ** why_not) {
+    *why_not = "it is no CPU";
     return ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU ? &runtime : nullptr;
 }

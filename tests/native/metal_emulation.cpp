@@ -190,9 +190,28 @@ class dispatch {
     uint64_t              n_done[fibers::MAX_THREADS / 32];
 };
 
-dispatch * active = nullptr;
+dispatch *    active = nullptr;
+int           without_barrier = 0; // its line
+std::set<int> barriers;
 
 } // namespace
+
+void metal_emulation_without_barrier(int line) {
+    without_barrier = line;
+}
+
+const std::set<int> & metal_emulation_barriers() {
+    return barriers;
+}
+
+bool metal_keeps_barrier(int line) {
+    static int last = 0; // a set is slow
+    if (line != last) {
+        barriers.insert(line);
+        last = line;
+    }
+    return line != without_barrier;
+}
 
 bool metal_emulate(const char * entry, const std::map<int, int> & function_constants, const int grid[3], int threads, int threadgroup_bytes,
                    const void * bytes0, size_t n_bytes0, std::string & error) {

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <map>
+#include <set>
 #include <string>
 
 // Dispatches grid threadgroups of `threads` threads (a multiple of 32).
@@ -17,3 +18,9 @@
 // False: error says why (unknown function, wrong size, race, misaligned access, ...); the dispatch ended there.
 bool metal_emulate(const char * entry, const std::map<int, int> & function_constants, const int grid[3], int threads, int threadgroup_bytes,
                    const void * bytes0, size_t n_bytes0, std::string & error);
+
+// From now on the barrier in that line of qcache.metal is left out; 0: none is. Races it prevented are to be found then.
+void metal_emulation_without_barrier(int line);
+
+// Lines of the barriers that any thread has come to.
+const std::set<int> & metal_emulation_barriers();

@@ -18,3 +18,6 @@ extern const int            n_metal_functions;
 
 constexpr int METAL_N_CONSTANTS = 4;
 extern int    metal_function_constants[METAL_N_CONSTANTS];
+
+// Asked before every barrier, by its line in the source; see metal_emulation_without_barrier.
+bool metal_keeps_barrier(int line);

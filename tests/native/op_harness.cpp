@@ -5,6 +5,7 @@
 
 #include "cpu/attn-kernels.h"
 #include "emulated_gpu.h"
+#include "metal_emulation.h"
 #include "qcache-backend.h"
 #include "qcache-composed.h"
 #include "qcache-impl.h"
@@ -201,6 +202,31 @@ HARNESS_API int32_t harness_row_bytes(int32_t type, int32_t head_dim) {
 
 HARNESS_API int32_t harness_type_supported(int32_t type, int32_t head_dim) {
     return qcache_kv_type_supported(type, head_dim);
+}
+
+// The Metal emulation alone: a function with arguments of one's own; "" or what is wrong.
+HARNESS_API const char * harness_metal_emulate(const char * entry, const int32_t * constants, int32_t n_constants, const int32_t * grid,
+                                               int32_t n_threads, int32_t threadgroup_bytes, const void * args, int64_t n_args) {
+    std::map<int, int> by_index;
+    for (int32_t i = 0; i < n_constants; i++) {
+        by_index[i] = constants[i];
+    }
+    metal_emulate(entry, by_index, grid, n_threads, threadgroup_bytes, args, (size_t) n_args, error);
+    return error.c_str();
+}
+
+HARNESS_API void harness_metal_without_barrier(int32_t line) {
+    metal_emulation_without_barrier(line);
+}
+
+// lines of the barriers that were come to, n of them at most; how many there are
+HARNESS_API int32_t harness_metal_barriers(int32_t * lines, int32_t n) {
+    for (const int line : metal_emulation_barriers()) {
+        *lines = n > 0 ? line : *lines;
+        lines += n > 0;
+        n--;
+    }
+    return (int32_t) metal_emulation_barriers().size();
 }
 
 // Appends and attends, layer after layer, in one graph, n_runs times. -1 with harness_error() when a constructor
