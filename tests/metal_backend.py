@@ -77,6 +77,8 @@ def test_composed_on_private_buffers(model: CoreModel, mode: str, types: tuple[s
         prompt = make_prompt(gpu, PROMPT)
         context = make(gpu, mode, **params)
         assert context.attn_name == PRIVATE
+        with pytest.raises(UnsupportedError, match="v_skip 0.1, but layers 0 .. [0-9]+ compute without kernels of ours: MTL1: its buffers are private"):
+            make(gpu, "global", v_skip=0.1)
         expected = decode_in_parts(make(model.native, mode, **params), prompt, [40, 1, 7])
         assert worst_nmse(decode_in_parts(context, prompt, [40, 1, 7]), expected) <= FEW_ROWS_MAX[types[1]]
 

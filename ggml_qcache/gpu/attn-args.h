@@ -63,6 +63,7 @@ struct qg_attn_args {
     int32_t score_op; // enum qcache_score_op
     float   scale;
     float   v_skip; // share of the attention that may be left out
+    int32_t reserved;
 };
 
 struct qg_append_args {
@@ -77,5 +78,5 @@ struct qg_append_args {
 
 // one layout for the host's compiler and the device's
 static_assert(sizeof(qg_block) == 24 && sizeof(qg_row) == 32 && sizeof(qg_tile) == 20, "padding");
-static_assert(sizeof(qg_attn_args) == 192, "padding");
+static_assert(sizeof(qg_attn_args) == 208, "padding");
 static_assert(sizeof(qg_append_args) == 104, "padding");
