@@ -13,8 +13,6 @@
 #include <ggml-backend.h>
 #include <ggml-cpu.h>
 
-#include <cstdlib>
-
 namespace {
 
 struct emulated {
@@ -128,8 +126,5 @@ void qcache_emulated_gpu_use(bool metal) {
 }
 
 const qcache_gpu_i * qcache_gpu_for(ggml_backend_device * device) {
-    if (getenv("QCACHE_EMULATE_METAL") != nullptr) { // for who cannot call the function
-        qcache_emulated_gpu_use(true);
-    }
     return ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU ? &runtime : nullptr;
 }
