@@ -1,9 +1,10 @@
 """The GPU kernels, emulated on the CPU thread by thread, against the judge in ref_numpy.py.
 
-Two devices: "gpu" has the CUDA kernels' bodies (tests/native/simt_emulation.h), "metal" the Metal source (metal_emulation.h), whose
-every load and store is checked for races and alignment. They run through the backend that wraps a ggml device (ggml_qcache/qcache-backend.cpp), here the CPU: tables, launches,
-appended bytes and guards are checked with them. Few rows take the decode kernel, in float32; many take the prefill kernel,
-whose products round Q and the probabilities to f16.
+Two devices: "gpu" has the bodies of the CUDA kernels (tests/native/simt_emulation.h), "metal" the Metal source
+(metal_emulation.h), whose every load and store is checked for races and alignment. They run through the backend that wraps
+a ggml device (ggml_qcache/qcache-backend.cpp), here the CPU: tables, launches, appended bytes and guards are checked with
+them. Few rows take the decode kernel, in float32; many take the prefill kernel, whose products round Q and the
+probabilities to f16.
 """
 
 import itertools

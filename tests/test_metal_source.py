@@ -333,7 +333,7 @@ def test_misaligned_loads_are_found(kind: str) -> None:
         for layer, m in itertools.product(layers, (0, 1)):
             layer.v_offset[m] += 8
 
-    with pytest.raises(HarnessError, match="a misaligned load of 16 bytes"):
+    with pytest.raises(HarnessError, match="a misaligned load or store of 16 bytes"):
         run(case_of(Shape(), kind, "off"), edit=move)
 
 
