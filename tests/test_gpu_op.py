@@ -94,7 +94,8 @@ def test_score_cache(device, mode):
 
 
 def test_graph_can_run_again(device):
-    check(device, Case(Shape(n_head=1, n_head_kv=1), [Sequence(DIALOGUE, 60, 20)], "visual", np.ones(1, np.float32), seed=SEED), PREFILL_MAX, n_runs=3)
+    case = Case(Shape(n_head=1, n_head_kv=1), [Sequence(DIALOGUE, 60, 20)], "visual", np.ones(1, np.float32), seed=SEED)
+    check(device, case, PREFILL_MAX, n_runs=3)
 
 
 def test_growing_logits(device):
