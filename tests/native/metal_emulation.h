@@ -1,6 +1,6 @@
 // metal_emulation.h: runs a function of qcache.metal on the CPU, threadgroup by threadgroup
 //
-// The source text is compiled as C++ behind the shim metal_shim.h. Every thread is a fiber; every load and store is
+// The source text is compiled as C++ with metal_shim/ in place of Metal's headers. Every thread is a fiber; every load and store is
 // checked: against the barriers between the threads that touch a byte, against alignment, against the bounds of threadgroup
 // memory. A SIMD-group function that not all lanes come to is an error.
 
