@@ -14,7 +14,7 @@ import pytest
 import op_harness
 from op_harness import F16, Q4_0, Q8_0, Case, Sequence, Shape
 from ref_numpy import nmse
-from test_op import DIALOGUE, GRID, MODES, SEED, TYPES, bias_of, case_of
+from test_op import DIALOGUE, GRID, MODES, SEED, TYPES, bias_of, case_of, sequences
 
 # bounds on the NMSE against float64; measured: about a fifth of them
 DECODE_MAX = 4e-13
@@ -130,3 +130,41 @@ def test_nan_stays_in_its_row(device, kind):
         assert nan[-1, 1].all()
         nan[-1, 1] = False
         assert not nan.any()
+
+
+@pytest.mark.parametrize("types", [(F16, F16), (Q8_0, Q4_0)], ids=lambda t: "-".join(op_harness.TYPE_NAMES[x] for x in t))
+def test_v_skipping(device, types):
+    """A lazy layer's output lacks at most `v_skip` of the largest |v|; where V is 1 everywhere it lacks the skipped share itself."""
+    lacking = []
+    for mode, heads, ones, v_skip in itertools.product(("global", "visual"), ((4, 4), (8, 2), (7, 1)), (False, True), (0.02, 0.3)):
+        shape = Shape(64, *heads, *types)
+        case = Case(shape, sequences("decode"), mode, bias_of(shape) if mode == "visual" else None, SEED, q_gain=4.0)
+        for v in case.v[1] if ones else ():
+            v[:] = 1.0
+
+        def edit(layers, step, v_skip=v_skip):
+            layers[1].v_skip = v_skip
+
+        exact = case.run(device, score_cache=True)[1]
+        out = case.run(device, score_cache=True, edit=edit)[1]
+        for r, (i, pos) in enumerate(case.rows):
+            v = np.abs(op_harness.unpack(case.packed("v", 1, i), types[1], 64)[: pos + 1]).max(axis=0)  # [n_head_kv, head_dim]
+            bound = v_skip * np.repeat(v, heads[0] // heads[1], axis=0)
+            assert (np.abs(out[r] - exact[r]) <= bound + 1e-5 * np.abs(exact).max()).all(), f"{mode}, {heads}, {v_skip}, row {r}"
+        if ones:
+            lacking.append(float(np.max(1 - out)) / v_skip)
+    assert min(lacking) > 0 and 0.5 < max(lacking) <= 1.001  # the share is used
+
+
+def test_v_that_is_skipped_is_not_read(device):
+    """V of keys with next to no attention is NaN: what is read shows."""
+    case = Case(Shape(64, 4, 4), [Sequence("t100", 99, 1)], "global", seed=SEED)
+    case.k[0][0][:50] = -8 * np.sign(case.q[0][0][99])  # of the leader
+    case.k[0][0][50:] = 0
+
+    def edit(layers, step):
+        layers[1].v_skip = 0.01
+
+    case.v[1][0][:50] = np.nan
+    assert np.isnan(case.run(device, score_cache=True, check_blocks=False)[1]).any()
+    assert np.isfinite(case.run(device, score_cache=True, check_blocks=False, edit=edit)[1]).all()

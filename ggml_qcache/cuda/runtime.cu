@@ -149,6 +149,7 @@ bool cuda_launch(void * ctx, const qcache_gpu_launch & l, const void * args) {
     switch (l.kernel) {
         case QCACHE_GPU_APPEND: error = qg_cuda_launch<qg_append_kernel>(l, args, c.stream); break;
         case QCACHE_GPU_MERGE: error = qg_cuda_launch<qg_merge_kernel>(l, args, c.stream); break;
+        case QCACHE_GPU_V_LIMITS: error = qg_cuda_launch<qg_v_limits_kernel>(l, args, c.stream); break;
         case QCACHE_GPU_DECODE: error = qg_cuda_launch_decode(l, args, c.stream); break;
         case QCACHE_GPU_PREFILL: error = qg_cuda_launch_prefill(l, args, c.stream); break;
     }

@@ -51,6 +51,7 @@ struct qg_attn_args {
     uint64_t scores;    // float [n_rows][n_head][n_score_keys], or 0
     uint64_t vis_bias;  // float [n_head], or 0
     uint64_t partial;   // float [n_rows][n_head][n_splits][head_dim + 2]: sum, maximum and weighted V; used where n_splits > 1
+    uint64_t v_limits;  // float [n_rows][n_head]: inherited keys with no higher logit need no V, or 0; see v-skip.h
 
     uint64_t k_offset[2][2]; // [row modality][key modality]
     uint64_t v_offset[2];
@@ -61,6 +62,7 @@ struct qg_attn_args {
     int32_t k_row_bytes, v_row_bytes;
     int32_t score_op; // enum qcache_score_op
     float   scale;
+    float   v_skip; // share of the attention that may be left out
 };
 
 struct qg_append_args {

@@ -148,6 +148,8 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
             if (base + slot >= n) {
                 continue; // nothing for this slot; no exchange between lanes follows in this turn
             }
+            const bool skips = reads && p.v_limits != 0;
+            int        kept  = skips ? 0 : ~0; // bit u: some head wants V of that token
             QG_UNROLL
             for (int g = 0; g < G; g++) {
                 float highest = max[g];
@@ -157,6 +159,10 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
                         s[u][g] = s[u][g] == -INFINITY ? s[u][g] : qg_clamp(s[u][g] + ((QG_GLOBAL const float *) p.vis_bias)[head + g]);
                     }
                     highest = qg_max(s[u][g], highest);
+                    if (skips && g < n_heads) {
+                        const float limit = ((QG_GLOBAL const float *) p.v_limits)[(uint64_t) ir * p.n_head + head + g];
+                        kept |= s[u][g] <= limit ? 0 : 1 << u;
+                    }
                 }
                 if (highest > max[g]) {
                     const float scale = qg_exp(max[g] - highest);
@@ -176,7 +182,7 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
             QG_UNROLL
             for (int u = 0; u < TOKENS; u++) {
                 const int token = base + u * n_slots + slot;
-                if (token < n && active) {
+                if (token < n && active && (kept >> u & 1)) {
                     qg_load8(type_v, v + (uint64_t) token * p.v_row_bytes, chunk, x[u]);
                 } else {
                     QG_UNROLL

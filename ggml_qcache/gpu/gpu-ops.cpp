@@ -4,6 +4,7 @@
 
 #include "../qcache-impl.h"
 #include "attn-decode.h"
+#include "v-skip.h"
 
 #include <ggml.h>
 
@@ -186,11 +187,21 @@ bool qcache_gpu_ops::attn(const qcache_attn_params & p, int index, const ggml_te
     const int n_wanted = std::max(1, std::min((8 * n_processors + n_cells - 1) / n_cells, n_blocks_max / 2));
     const int n_each   = (n_blocks_max + n_wanted - 1) / n_wanted;
     a.n_splits         = (n_blocks_max + n_each - 1) / n_each;
-    if (a.n_splits > 1) {
-        a.partial = api->workspace(ctx, (size_t) n_rows * p.n_head * a.n_splits * (p.head_dim + 2) * sizeof(float));
-        if (a.partial == 0) {
+
+    const bool   skips     = p.v_skip > 0.0f && p.score_op == QCACHE_SCORE_READ;
+    const size_t n_limits  = skips ? (size_t) n_rows * p.n_head : 0;
+    const size_t n_partial = a.n_splits > 1 ? (size_t) n_rows * p.n_head * a.n_splits * (p.head_dim + 2) : 0;
+    if (n_limits + n_partial > 0) {
+        const uint64_t work = api->workspace(ctx, (n_limits + n_partial) * sizeof(float));
+        if (work == 0) {
             return false;
         }
+        a.partial  = n_partial > 0 ? work : 0;
+        a.v_limits = skips ? work + n_partial * sizeof(float) : 0;
+        a.v_skip   = p.v_skip;
+    }
+    if (skips && !api->launch(ctx, { QCACHE_GPU_V_LIMITS, type_k, type_v, 0, { p.n_head, n_rows, 1 }, QG_V_SKIP_SHARED }, &a)) {
+        return false;
     }
     return api->launch(ctx, { QCACHE_GPU_DECODE, type_k, type_v, width, { n_cells / n_rows, n_rows, a.n_splits }, QG_DECODE_SHARED }, &a) &&
            (a.n_splits == 1 || api->launch(ctx, { QCACHE_GPU_MERGE, type_k, type_v, 0, { p.n_head, n_rows, 1 }, qg_merge_shared(a.n_splits) }, &a));

@@ -13,7 +13,7 @@ struct ggml_backend;
 struct ggml_backend_buffer;
 struct ggml_backend_device;
 
-enum qcache_gpu_kernel { QCACHE_GPU_APPEND, QCACHE_GPU_DECODE, QCACHE_GPU_MERGE, QCACHE_GPU_PREFILL };
+enum qcache_gpu_kernel { QCACHE_GPU_APPEND, QCACHE_GPU_DECODE, QCACHE_GPU_MERGE, QCACHE_GPU_PREFILL, QCACHE_GPU_V_LIMITS };
 
 struct qcache_gpu_launch {
     qcache_gpu_kernel kernel;

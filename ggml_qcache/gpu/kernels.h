@@ -6,6 +6,7 @@
 #include "attn-decode.h"
 #include "attn-prefill.h"
 #include "gpu-ops.h"
+#include "v-skip.h"
 
 struct qg_append_kernel {
     using args = qg_append_args;
@@ -15,6 +16,11 @@ struct qg_append_kernel {
 struct qg_merge_kernel {
     using args = qg_attn_args;
     template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_attn_merge(t, a); }
+};
+
+struct qg_v_limits_kernel {
+    using args = qg_attn_args;
+    template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_v_limits(t, a); }
 };
 
 template <int G, int TYPE_K, int TYPE_V> struct qg_decode_kernel {

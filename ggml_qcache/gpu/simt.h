@@ -53,6 +53,7 @@ struct alignas(16) qg_u4 {
 QG_DEVICE float    qg_from_half(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 QG_DEVICE uint16_t qg_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
 QG_DEVICE float    qg_exp(float x) { return __expf(x); }
+QG_DEVICE float    qg_log(float x) { return __logf(x); }
 QG_DEVICE float    qg_round(float x) { return roundf(x); }
 QG_DEVICE float    qg_mul_add(float x, float y, float z) { return __fadd_rn(__fmul_rn(x, y), z); } // rounded twice
 
@@ -77,6 +78,7 @@ QG_DEVICE int qg_score_op(QG_CONSTANT const qg_attn_args &) { return qg_fixed_sc
 QG_DEVICE float    qg_from_half(uint16_t h) { return (float) as_type<half>(h); }
 QG_DEVICE uint16_t qg_to_half(float x) { return as_type<uint16_t>((half) x); }
 QG_DEVICE float    qg_exp(float x) { return precise::exp(x); }
+QG_DEVICE float    qg_log(float x) { return precise::log(x); }
 QG_DEVICE float    qg_round(float x) { return round(x); }
 
 QG_DEVICE float qg_mul_add(float x, float y, float z) {
@@ -125,6 +127,7 @@ QG_DEVICE uint16_t qg_to_half(float x) {
 }
 
 QG_DEVICE float qg_exp(float x) { return std::exp(x); }
+QG_DEVICE float qg_log(float x) { return std::log(x); }
 QG_DEVICE float qg_round(float x) { return std::round(x); }
 
 QG_DEVICE float qg_mul_add(float x, float y, float z) {

@@ -2,6 +2,7 @@
 
 #include "../gpu/append.h"
 #include "../gpu/attn-decode.h"
+#include "../gpu/v-skip.h"
 #include "attn-prefill.metal"
 #include "thread.metal"
 
@@ -24,6 +25,7 @@ void qcache_append(constant qg_append_args & p [[buffer(0)]],
     }
 
 QG_METAL_ATTN(qcache_merge, qg_attn_merge(t, p))
+QG_METAL_ATTN(qcache_v_limits, qg_v_limits(t, p))
 QG_METAL_ATTN(qcache_decode_1, qg_attn_decode<1>(t, p, qg_type_k, qg_type_v))
 QG_METAL_ATTN(qcache_decode_2, qg_attn_decode<2>(t, p, qg_type_k, qg_type_v))
 QG_METAL_ATTN(qcache_decode_4, qg_attn_decode<4>(t, p, qg_type_k, qg_type_v))

@@ -60,9 +60,9 @@ inline qcache_metal_kernel qcache_metal_kernel_for(const qcache_gpu_launch & l, 
     k.args_bytes                       = sizeof(qg_attn_args);
     k.constants[QCACHE_METAL_HEAD_DIM] = ((const qg_attn_args *) args)->head_dim;
     k.constants[QCACHE_METAL_SCORE_OP] = ((const qg_attn_args *) args)->score_op;
-    if (l.kernel == QCACHE_GPU_MERGE) {
-        // one specialisation serves all: the merge knows neither types nor scores
-        k.name                             = "qcache_merge";
+    if (l.kernel == QCACHE_GPU_MERGE || l.kernel == QCACHE_GPU_V_LIMITS) {
+        // one specialisation serves all: they know neither types nor what is done with scores
+        k.name                             = l.kernel == QCACHE_GPU_MERGE ? "qcache_merge" : "qcache_v_limits";
         k.constants[QCACHE_METAL_TYPE_K]   = 0;
         k.constants[QCACHE_METAL_TYPE_V]   = 0;
         k.constants[QCACHE_METAL_SCORE_OP] = 0;

@@ -82,6 +82,7 @@ bool launch(void * ctx, const qcache_gpu_launch & l, const void * args) {
         switch (l.kernel) {
             case QCACHE_GPU_APPEND: return emulate(qg_append_kernel());
             case QCACHE_GPU_MERGE: return emulate(qg_merge_kernel());
+            case QCACHE_GPU_V_LIMITS: return emulate(qg_v_limits_kernel());
             case QCACHE_GPU_DECODE: return qg_dispatch_decode(l, emulate);
             case QCACHE_GPU_PREFILL: return qg_dispatch_prefill(l, emulate);
         }

@@ -26,6 +26,7 @@ const metal_function metal_functions[] = {
                                    (uint) lane, (uint) simdgroup);
      } },
     METAL_FUNCTION(qcache_merge),
+    METAL_FUNCTION(qcache_v_limits),
     METAL_FUNCTION(qcache_decode_1),
     METAL_FUNCTION(qcache_decode_2),
     METAL_FUNCTION(qcache_decode_4),

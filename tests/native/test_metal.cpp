@@ -20,9 +20,6 @@ namespace {
 constexpr int N_LAYERS = 3, N_BLOCKS = 9; // enough for a decode step to be cut
 
 bool clean() {
-    for (const std::string & what : metal_mock::violations()) {
-        fprintf(stderr, "violation: %s\n", what.c_str());
-    }
     const bool none = metal_mock::violations().empty();
     metal_mock::clear_violations();
     return none;
