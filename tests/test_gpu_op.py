@@ -1,9 +1,10 @@
 """The GPU kernels, emulated on the CPU thread by thread, against the judge in ref_numpy.py.
 
-Two devices: "gpu" has the CUDA kernels' bodies (tests/native/simt_emulation.h), "metal" the Metal source (metal_emulation.h), whose
-every load and store is checked for races and alignment. They run through the backend that wraps a ggml device (ggml_qcache/qcache-backend.cpp), here the CPU: tables, launches,
-appended bytes and guards are checked with them. Few rows take the decode kernel, in float32; many take the prefill kernel,
-whose products round Q and the probabilities to f16.
+Two devices: "gpu" has the bodies of the CUDA kernels (tests/native/simt_emulation.h), "metal" the Metal source
+(metal_emulation.h), whose every load and store is checked for races and alignment. They run through the backend that wraps
+a ggml device (ggml_qcache/qcache-backend.cpp), here the CPU: tables, launches, appended bytes and guards are checked with
+them. Few rows take the decode kernel, in float32; many take the prefill kernel, whose products round Q and the
+probabilities to f16.
 """
 
 import itertools
@@ -93,7 +94,8 @@ def test_score_cache(device, mode):
 
 
 def test_graph_can_run_again(device):
-    check(device, Case(Shape(n_head=1, n_head_kv=1), [Sequence(DIALOGUE, 60, 20)], "visual", np.ones(1, np.float32), seed=SEED), PREFILL_MAX, n_runs=3)
+    case = Case(Shape(n_head=1, n_head_kv=1), [Sequence(DIALOGUE, 60, 20)], "visual", np.ones(1, np.float32), seed=SEED)
+    check(device, case, PREFILL_MAX, n_runs=3)
 
 
 def test_growing_logits(device):

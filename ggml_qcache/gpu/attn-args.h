@@ -77,5 +77,5 @@ struct qg_append_args {
 
 // one layout for the host's compiler and the device's
 static_assert(sizeof(qg_block) == 24 && sizeof(qg_row) == 32 && sizeof(qg_tile) == 20, "padding");
-static_assert(sizeof(qg_attn_args) == 192, "padding");
+static_assert(sizeof(qg_attn_args) == 208, "padding");
 static_assert(sizeof(qg_append_args) == 104, "padding");

@@ -261,6 +261,14 @@ bool metal_emulate(const char * entry, const std::map<int, int> & function_const
 
 namespace metal_shim {
 
+void check_alignment(const void * to, const void * from, unsigned bytes) {
+    for (const void * p : { to, from }) {
+        if ((uintptr_t) p % bytes != 0) {
+            active->fail("a misaligned load or store of " + std::to_string(bytes) + " bytes");
+        }
+    }
+}
+
 float half_to_float(uint16_t bits) {
     static const std::vector<float> all = [] {
         std::vector<float> values(1 << 16);

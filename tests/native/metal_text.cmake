@@ -2,7 +2,8 @@
 # constants become values that can be set, and barriers can be left out. cmake -DIN=qcache.metal -DOUT=qcache-emulated.metal -P metal_text.cmake
 
 file(READ "${IN}" text)
-string(REGEX REPLACE "constant int ([a-z_]+) \\[\\[function_constant\\(([0-9]+)\\)\\]\\];" "static int & \\1 = ::metal_function_constants[\\2];" text "${text}")
+string(REGEX REPLACE "constant int ([a-z_]+) \\[\\[function_constant\\(([0-9]+)\\)\\]\\];"
+                     "static int & \\1 = ::metal_function_constants[\\2];" text "${text}")
 string(REGEX REPLACE "\\[\\[[^]]*\\]\\]" "" text "${text}")
 string(REGEX REPLACE "(t\\.sync[_a-z]*\\(\\);)" "if (::metal_keeps_barrier(__LINE__)) \\1" text "${text}")
 file(WRITE "${OUT}" "${text}")

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 namespace metal_shim {
+void     check_alignment(const void * to, const void * from, unsigned bytes);
 float    half_to_float(uint16_t bits);
 uint16_t float_to_half(float x);
 void     threadgroup_barrier(int flags);
