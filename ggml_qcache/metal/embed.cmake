@@ -6,13 +6,8 @@
 
 set(gpu "${CMAKE_CURRENT_LIST_DIR}/../gpu")
 set(metal "${CMAKE_CURRENT_LIST_DIR}")
-<<<<<<< HEAD
 set(QCACHE_METAL_FILES ${gpu}/attn-args.h ${gpu}/simt.h ${gpu}/kv.h ${gpu}/append.h ${gpu}/attn-decode.h ${gpu}/v-skip.h
     ${metal}/prefill-shape.h ${metal}/thread.metal ${metal}/attn-prefill.metal ${metal}/entry.metal)
-=======
-set(QCACHE_METAL_FILES ${gpu}/attn-args.h ${gpu}/simt.h ${gpu}/kv.h ${gpu}/append.h ${gpu}/attn-decode.h
-                       ${metal}/prefill-shape.h ${metal}/thread.metal ${metal}/attn-prefill.metal ${metal}/entry.metal)
->>>>>>> w/metalk
 
 if(NOT CMAKE_SCRIPT_MODE_FILE)
     return() # included for the list
