@@ -60,11 +60,9 @@ enum qcache_status check_params(const qcache_model & model, struct qcache_contex
     if (!(p.v_skip >= 0.0f && p.v_skip < 1.0f)) {
         return qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "v_skip is %g, expected a share of the attention from 0 to under 1", p.v_skip);
     }
-    if (p.v_skip > 0.0f && (p.attn_impl != QCACHE_ATTN_IMPL_AUTO || p.score_cache == QCACHE_SCORE_CACHE_OFF || model.placements.back().is_gpu)) {
-        return qcache_fail(QCACHE_STATUS_UNSUPPORTED,
-                           "v_skip %g needs attn_impl 0 (auto), a score cache and all layers on the CPU, got attn_impl %d, score_cache %d, "
-                           "n_gpu_layers %d",
-                           p.v_skip, p.attn_impl, p.score_cache, qcache_model_get_info(&model).n_gpu_layers);
+    if (p.v_skip > 0.0f && (p.attn_impl != QCACHE_ATTN_IMPL_AUTO || p.score_cache == QCACHE_SCORE_CACHE_OFF)) {
+        return qcache_fail(QCACHE_STATUS_UNSUPPORTED, "v_skip %g needs attn_impl 0 (auto) and a score cache, got attn_impl %d, score_cache %d",
+                           p.v_skip, p.attn_impl, p.score_cache);
     }
     p.n_ctx           = p.n_ctx == 0 ? model.hparams.n_ctx_train : p.n_ctx;
     p.n_threads       = p.n_threads == 0 ? n_cores : p.n_threads;
@@ -224,6 +222,10 @@ enum qcache_status qcache_context_init(const qcache_model_t * model, struct qcac
             const char * why_not = nullptr;
             const char * kernels = placement.is_gpu ? qcache_backend_kernels(placement.device, &why_not) : nullptr;
             const bool   stock   = placement.is_gpu && kernels == nullptr;
+            if (stock && params.v_skip > 0.0f) {
+                return qcache_fail(QCACHE_STATUS_UNSUPPORTED, "v_skip %g, but layers %d .. %d compute without kernels of ours: %s: %s", params.v_skip,
+                                   first, end - 1, ggml_backend_dev_name(placement.device), why_not);
+            }
             stages.emplace_back(placement, first, end, stock ? nullptr : kernel, stock);
             if (!stages.back().backend || !stages.back().galloc) {
                 if (kernels != nullptr) {

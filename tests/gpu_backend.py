@@ -55,6 +55,15 @@ def test_logits(model: CoreModel, gpu: Model, mode: str, types: tuple[str, str])
 
 
 @pytest.mark.parametrize("mode", ["global", "visual"])
+def test_v_skipping(gpu: Model, mode: str) -> None:
+    """Little is lost while little may be left out, and something is where much may."""
+    prompt = make_prompt(gpu, PROMPT)
+    exact = decode_in_parts(make(gpu, mode, score_cache="on"), prompt, [3, 1])
+    few, many = (worst_nmse(decode_in_parts(make(gpu, mode, v_skip=share), prompt, [3, 1]), exact) for share in (1e-4, 0.5))
+    assert few < 1e-3 and many > few
+
+
+@pytest.mark.parametrize("mode", ["global", "visual"])
 def test_score_cache_and_bias(model: CoreModel, gpu: Model, mode: str) -> None:
     prompt = make_prompt(gpu, PROMPT)
     bias = np.random.default_rng(3).normal(0, 1, (N_LAYER, gpu.info.n_head)).astype(np.float32) if mode == "visual" else None

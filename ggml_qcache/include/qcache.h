@@ -174,7 +174,7 @@ struct qcache_context_params {
     enum qcache_score_cache score_cache;
     float                   v_skip;          // V skipping: share of a row's attention, 0 .. 1, that lazy layers may leave out when they
                                              // decode, default 0: none. Their output is off by at most v_skip max |v|. Needs
-                                             // the score cache (it stays on) and a vector kernel of the CPU
+                                             // the score cache (it stays on) and a kernel of ours
 };
 
 QCACHE_API struct qcache_context_params qcache_context_default_params(void);
@@ -253,7 +253,7 @@ struct qcache_kv_usage {
     int32_t n_tokens_visual;
     int32_t n_lazy_layers;
     int32_t n_dropped_layers;
-    int64_t n_v_rows;         // of one KV head, in lazy layers that decoded with v_skip above 0, since the context was made
+    int64_t n_v_rows;         // of one KV head, in lazy layers on the CPU that decoded with v_skip above 0, since the context was made
     int64_t n_v_rows_skipped; // of those, rows that were not read
 };
 

@@ -102,7 +102,7 @@ class Llama(base.Llama):
                 operations alone.
             score_cache: ``"auto"``, ``"off"`` or ``"on"``: whether lazy layers reuse the leader's logits.
             v_skip: Share of the attention, 0 to 1, that lazy layers may leave out when they generate: V of the least attended
-                tokens isn't read. ``kv_cache_usage()`` tells how much of it was. On the CPU alone.
+                tokens isn't read. ``kv_cache_usage()`` tells how much of it was on the CPU.
             logits_all: Keep the logits of every token; needed for log-probabilities.
             last_n_tokens_size: Tokens that repetition penalties look back on.
             chat_format: A named format of llama_cpp, instead of the file's chat template. It places no images.
