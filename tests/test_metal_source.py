@@ -22,9 +22,9 @@ ROOT = Path(__file__).parents[1]
 SHIM = ROOT / "tests" / "native" / "metal_shim"
 CLANG = shutil.which("clang-14") or shutil.which("clang")
 FUNCTIONS = [
-    "qcache_append", "qcache_merge", *(f"qcache_decode_{n}" for n in (1, 2, 4, 8)), *(f"qcache_prefill_{n}" for n in (32, 64, 80, 96, 128, 256)),
+    "qcache_append", "qcache_merge", "qcache_v_limits", *(f"qcache_decode_{n}" for n in (1, 2, 4, 8)), *(f"qcache_prefill_{n}" for n in (32, 64, 80, 96, 128, 256)),
 ]
-APPEND_ARGS_BYTES, ATTN_ARGS_BYTES = 104, 192  # static_assert in attn-args.h
+APPEND_ARGS_BYTES, ATTN_ARGS_BYTES = 104, 208  # static_assert in attn-args.h
 
 SPACES = ("device", "threadgroup", "constant", "thread")
 ATTRIBUTES = {
@@ -305,10 +305,15 @@ def run(case: Case, **how):
     return case.run("metal", check_blocks=False, **how)
 
 
+def skip(layers, _):
+    layers[1].v_skip = 0.1
+
+
+LONG = Case(Shape(64, 2, 1, Q8_0, F16, 16), [Sequence("t20 v300 t41", 360, 1)], "global", seed=SEED)  # several spans, two heads at once
 CASES = [
-    case_of(Shape(64, 4, 2, F16, Q8_0), "prefill", "visual", True),
-    case_of(Shape(256, 2, 2, Q4_0, F16, 16), "prefill", "off"),
-    Case(Shape(64, 2, 1, Q8_0, F16, 16), [Sequence("t20 v300 t41", 360, 1)], "global", seed=SEED),  # several spans, two heads at once
+    (case_of(Shape(64, 4, 2, F16, Q8_0), "prefill", "visual", True), {}),
+    (case_of(Shape(256, 2, 2, Q4_0, F16, 16), "prefill", "off"), {}),
+    (LONG, {"score_cache": True, "edit": skip}),
 ]
 
 
@@ -316,17 +321,17 @@ def test_every_barrier_is_needed(source: str) -> None:
     """Leaves out each barrier in turn: the checker of races has to find that it is missing."""
     written = [i + 1 for i, line in enumerate(source.splitlines()) if re.search(r"\bt\.sync\w*\(\);", line)]
     lib = op_harness.library()
-    for case in CASES:
-        run(case)
+    for case, how in CASES:
+        run(case, **how)
     lines = (ctypes.c_int32 * 100)()
     assert list(lines[: lib.harness_metal_barriers(lines, 100)]) == written, "a barrier that no case comes to"
-    assert len(written) >= 12
+    assert len(written) >= 15
     try:
         for line in written:
             lib.harness_metal_without_barrier(line)
             with pytest.raises(HarnessError, match="race: byte"):
-                for case in CASES:
-                    run(case)
+                for case, how in CASES:
+                    run(case, **how)
                 print(f"nothing found without the barrier in line {line}: {source.splitlines()[line - 1]}")
     finally:
         lib.harness_metal_without_barrier(0)

@@ -39,7 +39,6 @@
 namespace {
 
 constexpr NSUInteger MAX_COMMAND_BUFFERS = 512; // not completed; one a stretch of our nodes, and the host may be a step ahead
-constexpr int        N_TABLES            = 2;   // so that the host writes one while the GPU reads the other
 
 // one reference to an object
 template <class T> class owned {
@@ -274,12 +273,7 @@ struct metal_context {
     std::deque<stretch>                 committed;          // not seen completed yet
     std::string                         failure;            // of a command buffer, until synchronize tells
 
-    struct table {
-        owned<id<MTLBuffer>>        buffer;
-        owned<id<MTLCommandBuffer>> last; // that reads it
-    };
-    table                             tables[N_TABLES];
-    int                               i_table = 0;
+    owned<id<MTLBuffer>>              table;
     owned<id<MTLBuffer>>              work;
     std::vector<owned<id<MTLBuffer>>> replaced; // that committed commands may still use
 
@@ -406,7 +400,7 @@ bool metal_enter(void * ctx) {
                 c.resources.push_back(map.buffer.get());
             }
         }
-        for (const id<MTLBuffer> buffer : { c.tables[c.i_table].buffer.get(), c.work.get() }) {
+        for (const id<MTLBuffer> buffer : { c.table.get(), c.work.get() }) {
             if (buffer != nil) {
                 c.resources.push_back(buffer);
             }
@@ -430,7 +424,6 @@ bool metal_leave(void * ctx) {
         const int     value = ++ours.value;
         [c.commands.get() encodeSignalEvent:ours.event value:(uint64_t) value];
         [c.commands.get() commit];
-        c.tables[c.i_table].last = owned<id<MTLCommandBuffer>>::sharing(c.commands.get());
         c.committed.push_back({ std::move(c.commands), value });
         c.commands.reset();
         ggml_backend_event_wait(c.wrapped, c.ours.get());
@@ -440,21 +433,16 @@ bool metal_leave(void * ctx) {
 
 uint64_t metal_upload(void * ctx, const void * data, size_t size) {
     @autoreleasepool {
-        auto & c  = of(ctx);
-        c.i_table = (c.i_table + 1) % N_TABLES;
-        auto & t  = c.tables[c.i_table];
-        if (t.last && [t.last.get() status] < MTLCommandBufferStatusCompleted) {
-            c.drain(); // only a caller who is two steps ahead waits here
-        }
-        t.last.reset();
-        if (!t.buffer || [t.buffer.get() length] < size) {
-            t.buffer = c.new_buffer(size * 2, "tables"); // blocks come one by one
-            if (!t.buffer) {
+        auto & c = of(ctx);
+        c.drain(); // the last step may read the table still, though a decode waits for each step
+        if (!c.table || [c.table.get() length] < size) {
+            c.table = c.new_buffer(size * 2, "tables"); // blocks come one by one
+            if (!c.table) {
                 return 0;
             }
         }
-        memcpy([t.buffer.get() contents], data, size);
-        return t.buffer.get().gpuAddress;
+        memcpy([c.table.get() contents], data, size);
+        return c.table.get().gpuAddress;
     }
 }
 

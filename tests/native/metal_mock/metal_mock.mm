@@ -92,9 +92,9 @@ gpu_state & gpu() {
 using guard = std::lock_guard<std::recursive_mutex>;
 
 void violation(const std::string & what) {
+    fprintf(stderr, "Metal mock: %s\n", what.c_str());
     gpu().violations.push_back(what);
     if (getenv("METAL_MOCK_STRICT") != nullptr) { // a process whose tests know nothing of the mock
-        fprintf(stderr, "Metal mock: %s\n", what.c_str());
         abort();
     }
 }
@@ -143,7 +143,7 @@ std::string run_dispatch(const dispatch_state & d) {
                 uint64_t *   at;
                 const char * name;
             } fields[] = { { &a.rows, "table of rows" }, { &a.tiles, "table of tiles" }, { &a.tile_rows, "rows of tiles" }, { &a.q_own, "own Q" },
-                           { &a.q_leader, "leader's Q" }, { &a.dst, "result" }, { &a.scores, "scores" }, { &a.vis_bias, "bias" }, { &a.partial, "workspace" } };
+                           { &a.q_leader, "leader's Q" }, { &a.dst, "result" }, { &a.scores, "scores" }, { &a.vis_bias, "bias" }, { &a.partial, "workspace" }, { &a.v_limits, "limits" } };
             for (auto & field : fields) {
                 *field.at = translate(d, *field.at, field.name);
             }
