@@ -40,9 +40,11 @@ struct layer_graph {
     std::vector<uint8_t>              scratch;
     ggml_tensor *                     norm, * w[4], * x, * written, * attn, * result; // written and attn: of the last layer
     ggml_cgraph *                     graph;
-    const size_t                      k_bytes = N_BLOCK_TOKENS * N_HEAD * qcache_kv_row_bytes(GGML_TYPE_F16, HEAD_DIM);
+    const ggml_type                   type; // of K and V
+    const size_t                      k_bytes = N_BLOCK_TOKENS * N_HEAD * qcache_kv_row_bytes(type, HEAD_DIM);
 
-    explicit layer_graph(ggml_backend_buffer_type_t buft, int n_layers = 1, int n_blocks = 1) : append(n_layers), node(n_layers) {
+    explicit layer_graph(ggml_backend_buffer_type_t buft, int n_layers = 1, int n_blocks = 1, ggml_type type = GGML_TYPE_F16) :
+        append(n_layers), node(n_layers), type(type) {
         norm = ggml_new_tensor_1d(weights.get(), GGML_TYPE_F32, N_EMBD);
         for (auto & matrix : w) {
             matrix = ggml_new_tensor_2d(weights.get(), GGML_TYPE_F32, N_EMBD, N_EMBD);
@@ -90,13 +92,13 @@ struct layer_graph {
         a.head_dim       = HEAD_DIM;
         a.n_head_kv      = N_HEAD;
         a.n_block_tokens = N_BLOCK_TOKENS;
-        a.type_k = a.type_v = GGML_TYPE_F16;
+        a.type_k = a.type_v = type;
         a.step              = &step;
         auto & p            = node[il].params;
         p.head_dim          = HEAD_DIM;
         p.n_head = p.n_head_kv = N_HEAD;
         p.n_block_tokens       = N_BLOCK_TOKENS;
-        p.type_k = p.type_v = GGML_TYPE_F16;
+        p.type_k = p.type_v = type;
         p.scale             = 1.0f / std::sqrt((float) HEAD_DIM);
         p.step              = &step;
         for (int m = 0; m < 2; m++) {

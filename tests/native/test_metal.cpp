@@ -131,6 +131,12 @@ void test_code() {
     g.release_compute_buffer(a.get());
     CHECK(close(g.run(b.get()), reference()));
     CHECK(metal_mock::n_calls(call::new_pipeline) == n_functions && clean());
+    // other types, other functions
+    ggml_backend_ptr cpu{ ggml_backend_cpu_init() };
+    layer_graph      expected(ggml_backend_cpu_buffer_type(), 1, 1, GGML_TYPE_Q8_0);
+    layer_graph      quantised(ggml_backend_get_default_buffer_type(b.get()), 1, 1, GGML_TYPE_Q8_0);
+    CHECK(close(quantised.run(b.get()), expected.run(cpu.get())));
+    CHECK(metal_mock::n_calls(call::new_pipeline) == n_functions + 2 && clean());
 }
 
 // a buffer's pages become another's, at the same place

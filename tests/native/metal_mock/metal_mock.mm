@@ -285,8 +285,9 @@ void run_until_done(command_state & c) {
     while (c.status < MTLCommandBufferStatusCompleted) {
         if (!push(*c.queue)) {
             violation("a command buffer that nothing will ever complete is waited for");
-            finish(*c.queue, c, "deadlock");
-            break;
+            while (c.status < MTLCommandBufferStatusCompleted) {
+                finish(*c.queue, *c.queue->pending.front(), "deadlock");
+            }
         }
         run_early();
     }
@@ -640,7 +641,7 @@ static MockFunction * make_function(const std::string & name, const std::map<int
         violation("a resource is used as nothing, or not to read and write");
         return;
     }
-    commands->state->retained.push_back([(id) resource retain]);
+    // not retained: nothing says that Metal keeps what it is only told of
     (*used)->insert(((MockBuffer *) resource)->state);
 }
 - (void)useResources:(const id<MTLResource>[])resources count:(NSUInteger)count usage:(MTLResourceUsage)usage {
