@@ -81,6 +81,24 @@ def test_descent_ends_where_no_swap_helps() -> None:
     assert by_descent([0, 0, 0, 0], loss)[0] == [0, 0, 0, 0]  # nothing to swap
 
 
+def test_descent_takes_no_step_that_other_samples_refuse() -> None:
+    start, target = [0, 0, 0, 3, 4, 5], [0, 1, 1, 3, 3, 5]
+
+    def loss(leaders: list[int], _to_beat: float) -> float:
+        return float(sum(a != b for a, b in zip(leaders, target)))
+
+    asked: list[float] = []
+
+    def check(leaders: list[int], to_beat: float) -> float:  # lower where layer 1 is lazy
+        asked.append(to_beat)
+        return 1.0 if leaders[1] == 1 else loss(leaders, to_beat) / 100
+
+    found, _ = by_descent(start, loss, check=check)
+    assert found[1] == 0 and check(found, 0.0) < check(start, 0.0)
+    assert loss(target, 0.0) < loss(found, 0.0) < loss(start, 0.0)  # there was something to find, and something to refuse
+    assert asked[0] == np.inf and (np.diff(asked[:-2]) <= 0).all()
+
+
 def test_descent_with_dropped_layers() -> None:
     target = [0, -1, 2, 3, 3, -1]
 

@@ -17,7 +17,8 @@ from ggml_qcache_convert import leaders_of
 from ggml_qcache_convert.calibration import CalibrationSettings, calibrate, measure
 from ggml_qcache_convert.calibration.attention import softmax
 from ggml_qcache_convert.calibration.runner import Runner
-from ggml_qcache_convert.calibration.correct import LARGEST_BIAS, Ridge, correct, head_order, matching_bias
+from ggml_qcache_convert.calibration.correct import LARGEST_BIAS, correct, head_order, matching_bias
+from ggml_qcache_convert.calibration.refit import Ridge, ValueRidge, conjugate_gradients, main_directions
 from ggml_qcache_convert.calibration.weights import Weights
 from ggml_qcache_convert.cli import main
 from ggml_qcache_convert.make_lazy import make_lazy
@@ -77,6 +78,68 @@ def test_ridge_finds_the_solution_and_its_error() -> None:
     assert np.abs(noise.solve()).max() < 0.3
 
 
+@pytest.mark.parametrize(("n_head", "n_head_kv"), [(1, 1), (3, 3), (4, 2), (3, 1)])
+def test_value_ridge_is_the_optimum(n_head: int, n_head_kv: int) -> None:
+    # against least squares in float64 on the outer products, laid out
+    rng = np.random.default_rng(5)
+    head_dim, n_embd, n, n_group = 3, 7, 5, n_head // n_head_kv
+    w_o = rng.normal(size=(n_embd, n_head * head_dim)).astype(np.float32)
+    true = rng.normal(size=(n_head_kv, head_dim, n))
+
+    def effect(change: np.ndarray, features: np.ndarray) -> np.ndarray:
+        values = np.stack([features[:, h] @ change[h // n_group].T for h in range(n_head)], axis=1)
+        return values.reshape(len(features), -1) @ w_o.astype(float).T
+
+    ridge, fs, ys = ValueRidge(w_o, n_head, n_head_kv, n), [], []
+    for i in range(8):
+        f, w = rng.normal(size=(30, n_head, n)).astype(np.float32), rng.uniform(0.1, 2.0, 30)
+        y = effect(true, f) + 0.1 * rng.normal(size=(30, n_embd))
+        ridge.add(f, y, w)
+        fs, ys = [*fs, f * np.sqrt(w)[:, None, None]], [*ys, y * np.sqrt(w)[:, None]]
+    for parts, chosen in ((slice(None), range(8)), (slice(0, 1), [0, 1, 2, 4, 5, 6]), (slice(1, 2), [3, 7])):
+        f, y = (np.concatenate([all_of[i] for i in chosen]) for all_of in (fs, ys))
+        columns = np.stack([effect(unit.reshape(true.shape), f).ravel() for unit in np.eye(true.size)], axis=1)
+        assert ridge.error(parts=parts) == pytest.approx((y**2).sum())
+        change = ridge.solve_with(1e-3, parts)
+        assert ridge.error(change, parts) == pytest.approx(((y - effect(change, f)) ** 2).sum(), rel=1e-6)
+        # the ridge by its definition: a share of the mean eigenvalue, of the heads' equations apart
+        outer = [sum(w_o[:, h * head_dim : (h + 1) * head_dim].astype(float).T @ w_o[:, h * head_dim : (h + 1) * head_dim] for h in heads)
+                 for heads in np.arange(n_head).reshape(n_head_kv, n_group)]  # fmt: skip
+        inner = [np.mean([f[:, h].T @ f[:, h] for h in heads], axis=0) for heads in np.arange(n_head).reshape(n_head_kv, n_group)]
+        shrink = 1e-3 * np.mean([np.trace(a) * np.trace(b) / (head_dim * n) for a, b in zip(outer, inner)])
+        gradient = columns.T @ (columns @ change.ravel() - y.ravel()) + shrink * change.ravel()
+        assert np.abs(gradient).max() < 1e-4 * np.abs(columns.T @ y.ravel()).max()
+        best = np.linalg.solve(columns.T @ columns + shrink * np.eye(true.size), columns.T @ y.ravel())
+        np.testing.assert_allclose(change.ravel(), best, atol=1e-3)
+    np.testing.assert_allclose(ridge.solve(), true, atol=0.15)
+    noise = ValueRidge(w_o, n_head, n_head_kv, n)
+    for _ in range(8):
+        noise.add(rng.normal(size=(9, n_head, n)), rng.normal(size=(9, n_embd)), np.ones(9))
+    assert noise.solve() is None or np.abs(noise.solve()).max() < 0.3
+
+
+def test_conjugate_gradients_solve() -> None:
+    rng = np.random.default_rng(6)
+    root = rng.normal(size=(20, 20))
+    matrix, right = root @ root.T + np.eye(20), rng.normal(size=20)
+    for preconditioner in (lambda r: r, lambda r: r / np.diag(matrix)):
+        solved = conjugate_gradients(lambda x: matrix @ x, right, preconditioner)
+        np.testing.assert_allclose(matrix @ solved, right, atol=1e-4)
+    np.testing.assert_array_equal(conjugate_gradients(lambda x: matrix @ x, 0 * right, lambda r: r), 0 * right)
+
+
+def test_main_directions_are_those_of_most_variance() -> None:
+    rng = np.random.default_rng(7)
+    norm = rng.uniform(0.5, 2.0, 40).astype(np.float32)
+    basis = np.linalg.qr(rng.normal(size=(40, 40)))[0]
+    scales = np.array([10.0] * 4 + [0.01] * 36)
+    streams = [(rng.normal(size=(50, 40)) * scales @ basis.T / norm).astype(np.float32) for _ in range(3)]
+    found = main_directions(streams, norm, 4)
+    np.testing.assert_allclose(found @ found.T, np.eye(4), atol=1e-5)
+    np.testing.assert_allclose(found @ basis[:, :4] @ basis[:, :4].T, found, atol=1e-2)
+    np.testing.assert_array_equal(main_directions(streams, norm, 64), np.eye(40))
+
+
 @pytest.fixture(scope="module")
 def llm() -> Llama:
     """The tiny model with every layer full."""
@@ -97,11 +160,13 @@ def test_each_correction_alone_and_all_together(llm: Llama, mode: str) -> None:
         for error in made.errors:
             steps = [error.shared, error.aligned, error.biased, error.refitted]
             assert [step is not None for step in steps[1:]] == [name in wanted for name in ("align_heads", "vis_bias", "refit")]
+            assert (error.revalued is not None) == (error.refitted is not None)
             if error.refitted is not None:
+                assert error.revalued <= error.refitted == pytest.approx(error.refitted) and error.last == error.revalued
                 assert error.refitted <= [step for step in steps[:3] if step is not None][-1] * (1 + 1e-6)
         changed = {name.split(".", 2)[2] for name in made.weights}
         if wanted == ("refit",):
-            assert changed == {"attn_output.weight"}
+            assert changed == {"attn_output.weight", "attn_v.weight"}
             assert sum(error.refitted for error in made.errors) < 0.9 * sum(error.shared for error in made.errors)
         if wanted == ("vis_bias",):
             assert not changed and made.vis_bias[[1, 3, 4, 5, 7]].any(1).all() and not made.vis_bias[[0, 2, 6]].any()
