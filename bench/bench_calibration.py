@@ -11,7 +11,6 @@ Encoding the images isn't part of it: the models have random weights and no visi
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import sys
@@ -29,8 +28,7 @@ from ggml_qcache_convert.calibration.calibrate import CalibrationSettings, measu
 from ggml_qcache_convert.calibration.correct import correct
 from ggml_qcache_convert.calibration.samples import Sample
 from ggml_qcache_convert.lazy_layers import leaders_of
-from ggml_qcache_convert.writer import AtomicFiles
-from machine import commit, machine, versions
+from machine import facts, write_result
 from make_model import PRESETS, make_model
 
 _QUIET = llama_cpp.llama_log_callback(lambda level, text, data: None)
@@ -96,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--shrink", type=int, default=1, help="as make_model, for tests")
     p.add_argument("--json", type=Path)
     args = p.parse_args(argv)
+    result = facts("calibration", argv)
     layers = [int(n) for n in args.layers.split(",")]
     n_layer = PRESETS[args.preset].n_layer
     rows = []
@@ -114,19 +113,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     at = {name: extrapolated(layers, [row[name] for row in rows], degree, n_layer) for name, degree in DEGREES.items()}
     model_bytes = extrapolated(layers, [row["model_bytes"] for row in rows], 1, n_layer)
     minutes = {name: args.images * at[name] / 60 for name in ("decode", "measure", "correct")}
-    result = {
-        "benchmark": "calibration", "commit": commit(), "machine": machine(), "versions": versions(),
-        "command": " ".join(["bench_calibration.py", *(sys.argv[1:] if argv is None else argv)]), "layers": layers, "rows": rows,
-        "n_layer": n_layer, "images": args.images, "minutes": minutes, "peak_over_model": at["peak_bytes"] / model_bytes,
+    result |= {
+        "layers": layers, "rows": rows, "n_layer": n_layer, "images": args.images, "minutes": minutes,
+        "peak_over_model": at["peak_bytes"] / model_bytes,
     }  # fmt: skip
     print(
         f"{args.preset}, {n_layer} layers, {args.images} images: answers {minutes['decode']:.1f} min, measuring {minutes['measure']:.1f} min, "
         f"corrections {minutes['correct']:.1f} min; peak {at['peak_bytes'] / 1e9:.1f} GB, {result['peak_over_model']:.2f} of the weights"
     )
     if args.json:
-        with AtomicFiles([args.json]) as files:
-            files.path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-            files.commit()
+        write_result(result, args.json)
     return 0
 
 

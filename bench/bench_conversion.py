@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ggml_qcache_convert.outtypes import OUTTYPES
-from ggml_qcache_convert.writer import AtomicFiles
-from machine import commit, machine, versions
+from machine import facts, write_result
 from make_checkpoint import LLAVA_1_5, make_checkpoint
 
 # Linux's VmHWM, not ru_maxrss: a child starts with its parent's
@@ -100,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--preset", choices=LLAVA_1_5, default=LLAVA_1_5[0])
     p.add_argument("--layers", default="2,4", help="numbers of layers (default: 2,4)")
     p.add_argument("--outtypes", default="f16,q8_0,q4_0,q4_k_m", help="default: f16,q8_0,q4_0,q4_k_m")
+    p.add_argument("--repeats", type=int, default=3, metavar="N", help="conversions of each kind, of which the median counts (default: 3)")
     p.add_argument("--folder", type=Path, help="where to write, with room for a checkpoint and a result (default: the system's)")
     p.add_argument("--shrink", type=int, default=1, help="as make_checkpoint, for tests")
     p.add_argument("--json", type=Path)
@@ -107,6 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     outtypes = args.outtypes.split(",")
     if unknown := [outtype for outtype in outtypes if outtype not in OUTTYPES]:
         p.error(f"outtype {unknown[0]!r} is not one of {', '.join(OUTTYPES)}")
+    if args.repeats < 1:
+        p.error(f"--repeats {args.repeats}: at least one is needed")
+    result = facts("conversion", argv)
     rows: list[dict[str, Any]] = []
     disk: dict[str, float] = {}
     for n_layer in map(int, args.layers.split(",")):
@@ -115,23 +118,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             read = make_checkpoint(checkpoint, args.preset, n_layer=n_layer, shrink=args.shrink)
             disk = disk or disk_speed(Path(folder), min(read, 1 << 29))
             for outtype in outtypes:
-                row = {"n_layer": n_layer, "outtype": outtype, "read_bytes": read, **measure(checkpoint, Path(folder), outtype)}
+                runs = sorted((measure(checkpoint, Path(folder), outtype) for _ in range(args.repeats)), key=lambda run: run["seconds"])
+                row = {"n_layer": n_layer, "outtype": outtype, "read_bytes": read, **runs[len(runs) // 2]}
+                row["seconds_range"] = [runs[0]["seconds"], runs[-1]["seconds"]]
+                row["peak_bytes"] = max(run["peak_bytes"] for run in runs)
                 row["disk_share"] = (read / disk["read"] + row["written_bytes"] / disk["write"]) / row["seconds"]
                 rows.append(row)
                 print(
-                    f"{n_layer} layers, {outtype}: {read / 1e9:.2f} GB in {row['seconds']:.1f} s, {read / row['seconds'] / 1e6:.0f} MB/s, "
+                    f"{n_layer} layers, {outtype}: {read / 1e9:.2f} GB in {row['seconds']:.1f} s ({runs[0]['seconds']:.1f} to {runs[-1]['seconds']:.1f}), {read / row['seconds'] / 1e6:.0f} MB/s, "
                     f"{100 * row['disk_share']:.0f} % of the disk's speed; "
                     f"peak {row['peak_bytes'] / 1e6:.0f} MB over the start",
                     flush=True,
                 )
-    result = {
-        "benchmark": "conversion", "commit": commit(), "machine": machine(), "versions": versions(), "preset": args.preset, "disk": disk,
-        "command": " ".join(["bench_conversion.py", *(sys.argv[1:] if argv is None else argv)]), "rows": rows,
-    }  # fmt: skip
     if args.json:
-        with AtomicFiles([args.json]) as files:
-            files.path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-            files.commit()
+        write_result({**result, "preset": args.preset, "disk": disk, "rows": rows}, args.json)
     return 0
 
 

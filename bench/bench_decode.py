@@ -9,15 +9,14 @@ that of a 16-token context); `bandwidth_share` is that over the bandwidth measur
 of the device's own copies (bytes read and written). `ratio_peer` and
 `ratio_lazy_off` are how many times faster than llama.cpp's best and than our own lazy-off. `ratio_peer_limit` is what
 `ratio_peer` would be if KV were read at the whole bandwidth, and the rest took what it takes with 16 tokens (`ms_base`: weights
-above all, multiplied by ggml in both): where it is under a target, attention alone can't reach that.
+above all, multiplied by ggml in both): where it is under a target, attention alone can't reach that. Beside it stands what Python
+adds to a token that `Llama.generate` gives.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,8 +28,9 @@ import llama_cpp
 import numpy as np
 from engines import Engine, LlamaCppEngine, LlamaCppModel, Prompt, QcacheEngine
 from gpu_memory import free_gpu_bytes, measure_copy_bandwidth
-from machine import commit, machine, versions
+from machine import facts, write_result
 from make_model import PRESETS, TYPES, make_model
+from python_overhead import measure_python_overhead
 from read_bandwidth import measure_read_bandwidth
 from rich.console import Console
 from rich.progress import Progress
@@ -340,13 +340,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.model_dir.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 make_model(args.preset, path, n_layer=args.layers, weight_type=args.type, seed=args.seed, progress=console.is_terminal)
-        found = machine()
+        found = facts("decode", argv)
         with Progress(console=console, transient=True) as progress:
             benchmark = Benchmark(args, path, progress)
             try:
                 benchmark.run()
             finally:
                 benchmark.close()
+        python_seconds = measure_python_overhead(path, args.threads)
     except (ValueError, OSError, RuntimeError, QCacheError) as error:
         print(f"bench_decode: error: {error}", file=sys.stderr)
         return 1
@@ -354,27 +355,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(decode_table(results.rows, results.bandwidth))
     console.print(prefill_table(results.prefill))
     console.print(f"loaded in seconds: {', '.join(f'{name} {seconds:.1f}' for name, seconds in benchmark.load.items())}")
+    console.print(f"Python adds {1e6 * python_seconds:.0f} us to a generated token")
     for case in results.skipped:
         console.print(f"skipped: {case['n_seq']} sequences of {case['context']} need {case['bytes'] / 1e9:.1f} GB")
     if args.json is not None:
         content = {
-            "benchmark": "decode",
-            "commit": commit(),
-            "machine": found,
-            "versions": versions(),
-            "command": shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]),
+            **found,
             "model": {"file": path.name, **benchmark.model.info._asdict()},
             "threads": args.threads,
             "gpu": benchmark.model.info.gpu,
             "read_bandwidth": results.bandwidth,
             "nmse": benchmark.nmse,
             "load_seconds": benchmark.load,
+            "python_seconds_per_token": python_seconds,
             "prefill": results.prefill,
             "rows": results.rows,
             "skipped": results.skipped,
         }
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+        write_result(content, args.json)
     return 0
 
 

@@ -1,17 +1,23 @@
-"""What a measurement was made on: commit, machine, versions."""
+"""What a measurement was made on, and the file that keeps it."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from llama_cpp._ggml import libggml
 
 import ggml_qcache
+from ggml_qcache_convert.writer import AtomicFiles
 
 
 def commit() -> str:
@@ -46,3 +52,22 @@ def versions() -> dict[str, str]:
         "numpy": version("numpy"),
         "python": platform.python_version(),
     }
+
+
+def facts(benchmark: str, argv: Sequence[str] | None) -> dict[str, Any]:
+    """How a result begins; to be taken before anything is measured.
+
+    Args:
+        benchmark: Its name.
+        argv: Arguments of its ``main``; None: the process's own.
+    """
+    command = shlex.join([f"bench_{benchmark}.py", *(sys.argv[1:] if argv is None else argv)])
+    return {"benchmark": benchmark, "commit": commit(), "machine": machine(), "versions": versions(), "command": command}
+
+
+def write_result(result: dict[str, Any], path: Path) -> None:
+    """Writes a result as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with AtomicFiles([path]) as files:
+        files.path(path).write_text(json.dumps(result, indent=1) + "\n")
+        files.commit()

@@ -1,7 +1,7 @@
-"""Tables and charts from the JSON files of bench_decode, bench_quality and bench_conversion.
+"""Tables and charts from the JSON files of the benchmarks.
 
-`--write README.md` replaces what lies between `<!-- bench:decode -->` and `<!-- /bench:decode -->` there, and likewise for
-`bench:quality` and `bench:conversion`: the numbers of the README come from nowhere else.
+`--write README.md docs/speed.md` replaces what lies between the markers `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` there, for each
+name of `TEXTS` that a file has: the numbers of the README come from nowhere else.
 """
 
 from __future__ import annotations
@@ -9,126 +9,101 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import decode_report
 import quality_report
+from decode_report import table
 
-KINDS = ("decode", "quality", "conversion")
-_COLUMNS = (
-    "context", "sequences", "method", "ms per step", "IQR", "tokens/s", "KV MB", "KV GB/s", "of bandwidth",
-    "x llama.cpp's best", "its limit", "x lazy off",
-)  # fmt: skip
+Results = Sequence[dict[str, Any]]
 
 
 def load(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """Reads results.
 
     Raises:
-        ValueError: A file isn't a result of one of them.
+        ValueError: A file isn't a result of one of the benchmarks.
     """
     results = []
     for path in paths:
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or content.get("benchmark") not in KINDS:
-            raise ValueError(f"{path} is not a result of bench_decode, bench_quality or bench_conversion")
+            raise ValueError(f"{path} is not a result of a benchmark: {', '.join(KINDS)}")
         results.append(content)
     return results
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """One result as tables, with what it was measured on."""
-    if result["benchmark"] == "quality":
-        return "\n".join([quality_report.facts(result), "", *_table(quality_report.COLUMNS, quality_report.cells(result))])
-    if result["benchmark"] == "conversion":
-        return _conversion(result)
-    machine, versions, model = result["machine"], result["versions"], result["model"]
-    lines = [
-        f"{model['file']}: {model['architecture']}, {model['n_layer']} layers, {model['n_head']} heads, {model['n_head_kv']} KV heads of "
-        f"{model['head_dim']}, {model['n_bytes'] / 1e9:.2f} GB of weights. {machine['cpu']}, {result['threads']} threads, memory read at "
-        f"{result['read_bandwidth'] / 1e9:.1f} GB/s. Commit {result['commit']}, ggml {versions['ggml']}, llama-cpp-python "
-        f"{versions['llama_cpp_python']}; `{result['command']}`. Load at the start {machine['load'][0]}.",
-        "",
-        *_table(_COLUMNS, map(_decode_cells, result["rows"])),
-        "",
-        *_table(
-            ("prefilled tokens", "method", "tokens/s"),
-            ([str(one["n_tokens"]), _method(one), f"{one['tokens_per_s']:.1f}"] for one in result["prefill"]),
-        ),
-        "",
-        "Loaded in " + ", ".join(f"{seconds:.1f} s ({name})" for name, seconds in result["load_seconds"].items()) + ".",
-    ]
-    return "\n".join(lines)
+def quality(result: dict[str, Any]) -> str:
+    """One result of bench_quality."""
+    return "\n".join([quality_report.facts(result), "", *table(quality_report.COLUMNS, quality_report.cells(result))])
 
 
-def _conversion(result: dict[str, Any]) -> str:
+def conversion(result: dict[str, Any]) -> str:
+    """One result of bench_conversion."""
     machine, disk = result["machine"], result["disk"]
     facts = (
         f"Shapes of {result['preset']}, f16 checkpoint. {machine['cpu']}, {machine['cores']} cores; the disk reads {disk['read'] / 1e6:.0f} MB/s "
         f"and writes {disk['write'] / 1e6:.0f} MB/s. Commit {result['commit']}; `{result['command']}`. Load at the start {machine['load'][0]}."
     )
-    columns = ("layers", "outtype", "read GB", "written GB", "seconds", "MB/s read", "of the disk's speed", "peak memory MB")
+    columns = ("layers", "outtype", "read GB", "written GB", "seconds, median", "least to most", "MB/s read", "of the disk's speed", "peak memory MB")
     cells = (
         [
             str(row["n_layer"]), row["outtype"], f"{row['read_bytes'] / 1e9:.2f}", f"{row['written_bytes'] / 1e9:.2f}", f"{row['seconds']:.1f}",
-            f"{row['read_bytes'] / row['seconds'] / 1e6:.0f}", f"{100 * row['disk_share']:.0f} %", f"{row['peak_bytes'] / 1e6:.0f}",
+            "{:.1f} to {:.1f}".format(*row["seconds_range"]), f"{row['read_bytes'] / row['seconds'] / 1e6:.0f}", f"{100 * row['disk_share']:.0f} %", f"{row['peak_bytes'] / 1e6:.0f}",
         ]
         for row in result["rows"]
     )  # fmt: skip
-    return "\n".join([facts, "", *_table(columns, cells)])
+    return "\n".join([facts, "", *table(columns, cells)])
 
 
-def _method(row: dict[str, Any]) -> str:
-    return f"{row['method']}, {row['setting']}"
+def calibration(result: dict[str, Any]) -> str:
+    """One result of bench_calibration."""
+    minutes, layers = result["minutes"], ", ".join(map(str, result["layers"]))
+    facts = (
+        f"Worked out for {result['n_layer']} layers and {result['images']} images from models with {layers} layers. {result['machine']['cpu']}, "
+        f"{result['machine']['cores']} cores. Commit {result['commit']}; `{result['command']}`. Load at the start {result['machine']['load'][0]}."
+    )
+    columns = ("answers, minutes", "measuring layers", "corrections", "all", "peak memory over weights")
+    cells = [*(f"{minutes[part]:.1f}" for part in ("decode", "measure", "correct")), f"{sum(minutes.values()):.1f}", f"{result['peak_over_model']:.2f}"]
+    return "\n".join([facts, "", *table(columns, [cells])])
 
 
-def _decode_cells(row: dict[str, Any]) -> list[str]:
-    def shown(key: str, digits: int, factor: float = 1.0, unit: str = "") -> str:
-        return "" if row.get(key) is None else f"{factor * row[key]:.{digits}f}{unit}"
-
-    return [
-        str(row["context"]), str(row["n_seq"]), _method(row), shown("ms_per_step", 1), shown("ms_iqr", 1), shown("tokens_per_s", 1),
-        shown("kv_bytes", 0, 1e-6), shown("kv_gbps", 1), shown("bandwidth_share", 0, 100, " %"), shown("ratio_peer", 2),
-        shown("ratio_peer_limit", 2), shown("ratio_lazy_off", 2),
-    ]  # fmt: skip
+def _each(render: Callable[[dict[str, Any]], str]) -> Callable[[Results], str]:
+    return lambda results: "\n\n".join(map(render, results))
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    align = ["---" if column in ("method", "mode") else "---:" for column in columns]
-    return [f"| {' | '.join(cells)} |" for cells in (columns, align, *rows)]
+# by name of the markers: the benchmark whose results they show, and how
+TEXTS: dict[str, tuple[str, Callable[[Results], str]]] = {
+    "speed": ("decode", decode_report.summary),
+    "decode": ("decode", _each(decode_report.full)),
+    "lazy_attn": ("lazy_attn", _each(decode_report.lazy_attn)),
+    "quality": ("quality", _each(quality)),
+    "calibration": ("calibration", _each(calibration)),
+    "conversion": ("conversion", _each(conversion)),
+}
+KINDS = tuple(dict.fromkeys(kind for kind, _ in TEXTS.values()))
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """A chart of milliseconds per step over the context, one panel for each number of sequences, one line a method."""
-    from matplotlib.figure import Figure
-
-    counts = sorted({row["n_seq"] for row in result["rows"]})
-    figure = Figure(figsize=(5.5 * len(counts), 4.2), layout="constrained")
-    for axes, n_seq in zip(figure.subplots(1, len(counts), squeeze=False)[0], counts):
-        rows = sorted((row for row in result["rows"] if row["n_seq"] == n_seq), key=lambda row: row["context"])
-        for method in dict.fromkeys(_method(row) for row in rows):
-            points = [(row["context"], row["ms_per_step"]) for row in rows if _method(row) == method]
-            style = "--" if method.startswith("llama.cpp") else "-"
-            axes.plot(*zip(*points), style, marker="o", label=method)
-        axes.set(title=f"{n_seq} sequence{'s' if n_seq > 1 else ''}", xlabel="context, tokens", ylabel="ms per step", ylim=(0, None))
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
-def replace_between_markers(path: Path, kind: str, text: str) -> None:
-    """Puts a text between the markers of a file.
+def write(path: Path, texts: dict[str, str]) -> None:
+    """Puts texts between the markers that a file has.
 
     Raises:
-        ValueError: The file doesn't have them.
+        ValueError: The file has none of them, or one that doesn't end.
     """
-    begin, end = f"<!-- bench:{kind} -->", f"<!-- /bench:{kind} -->"
-    before, found_begin, rest = path.read_text().partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not found_begin or not found_end:
-        raise ValueError(f"{path} has no {begin} ... {end}")
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+    content, found = path.read_text(), False
+    for name, text in texts.items():
+        begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+        before, has_begin, rest = content.partition(begin)
+        if has_begin:
+            _, has_end, after = rest.partition(end)
+            if not has_end:
+                raise ValueError(f"{path} has no {end}")
+            content, found = f"{before}{begin}\n{text}\n{end}{after}", True
+    if not found:
+        raise ValueError(f"{path} has no <!-- bench:NAME --> with NAME one of {', '.join(texts)}")
+    path.write_text(content)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", type=Path, nargs="*", metavar="JSON", help="results (default: bench/results/*.json)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the last result of bench_decode there")
     parser.add_argument("--pareto", type=Path, metavar="FILE", help="draw the results of bench_quality there")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="replace the part between the markers of this file")
+    parser.add_argument("--write", type=Path, action="append", metavar="FILE", help="replace the parts between the markers of this file; may be repeated")
     args = parser.parse_args(argv)
     try:
         loaded = load(args.files or sorted(results.glob("*.json")))
@@ -153,15 +128,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"no results in {results}")
         by_kind = {kind: [result for result in loaded if result["benchmark"] == kind] for kind in KINDS}
         if args.png is not None and by_kind["decode"]:
-            draw(by_kind["decode"][-1], args.png)
+            decode_report.draw(by_kind["decode"][-1], args.png)
         if args.pareto is not None and by_kind["quality"]:
             quality_report.draw(by_kind["quality"], args.pareto)
-        for kind, of_kind in by_kind.items():
-            text = "\n\n".join(map(markdown, of_kind))
-            if of_kind and args.write is None:
-                print(text)
-            elif of_kind:
-                replace_between_markers(args.write, kind, text)
+        texts = {name: render(by_kind[kind]) for name, (kind, render) in TEXTS.items() if by_kind[kind]}
+        if args.write is None:
+            print("\n\n".join(texts.values()))
+        for path in args.write or ():
+            write(path, texts)
     except (ValueError, OSError) as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 """The GPU kernels, emulated on the CPU thread by thread, against the judge in ref_numpy.py.
 
-They run through the backend that wraps a ggml device (ggml_qcache/qcache-backend.cpp), here the CPU: tables, launches,
+Two devices: "gpu" has the CUDA kernels' bodies (tests/native/simt_emulation.h), "metal" the Metal source (metal_emulation.h), whose
+every load and store is checked for races and alignment. They run through the backend that wraps a ggml device (ggml_qcache/qcache-backend.cpp), here the CPU: tables, launches,
 appended bytes and guards are checked with them. Few rows take the decode kernel, in float32; many take the prefill kernel,
 whose products round Q and the probabilities to f16.
 """
@@ -13,15 +14,20 @@ import pytest
 import op_harness
 from op_harness import F16, Q4_0, Q8_0, Case, Sequence, Shape
 from ref_numpy import nmse
-from test_op import DIALOGUE, GRID, MODES, SEED, TYPES, bias_of, case_of
+from test_op import DIALOGUE, GRID, MODES, SEED, TYPES, bias_of, case_of, sequences
 
 # bounds on the NMSE against float64; measured: about a fifth of them
 DECODE_MAX = 4e-13
 PREFILL_MAX = 8e-7
 
 
-def check(case, bound, **run):
-    result = case.run("gpu", **run)
+@pytest.fixture(params=["gpu", "metal"])
+def device(request):
+    return request.param
+
+
+def check(device, case, bound, **run):
+    result = case.run(device, **run)
     for layer in range(2):
         expected, _ = case.reference(layer)
         error = nmse(result[layer], expected)
@@ -32,43 +38,43 @@ def check(case, bound, **run):
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
-def test_shapes(kind):
+def test_shapes(device, kind):
     """Every head_dim with MHA, GQA of 2, 4, 7 and 8 and MQA of 20 queries; types, block sizes and modes rotate."""
     for i, (head_dim, (n_head, n_head_kv), (type_k, type_v), n_block) in enumerate(GRID):
         if kind == "decode" or i % 3 == 0:
             shape = Shape(head_dim, n_head, n_head_kv, type_k, type_v, n_block)
             case = case_of(shape, kind, MODES[(i + i // 7) % 3], bool(i % 2), SEED + i)
-            check(case, DECODE_MAX if kind == "decode" else PREFILL_MAX)
+            check(device, case, DECODE_MAX if kind == "decode" else PREFILL_MAX)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("types", TYPES, ids=lambda t: "-".join(op_harness.TYPE_NAMES[x] for x in t))
-def test_types_and_modes(types, mode):
+def test_types_and_modes(device, types, mode):
     for kind, bound in (("decode", DECODE_MAX), ("prefill", PREFILL_MAX)):
-        check(case_of(Shape(64, 4, 2, *types), kind, mode, True), bound)
+        check(device, case_of(Shape(64, 4, 2, *types), kind, mode, True), bound)
 
 
 @pytest.mark.parametrize("n_block", [16, 32, 64])
-def test_block_sizes_and_row_order(n_block):
+def test_block_sizes_and_row_order(device, n_block):
     for mode in MODES:
-        check(case_of(Shape(n_block=n_block), "mixed", mode, order="shuffled"), PREFILL_MAX)
-        check(case_of(Shape(n_block=n_block), "decode", mode, order="shuffled"), DECODE_MAX)
+        check(device, case_of(Shape(n_block=n_block), "mixed", mode, order="shuffled"), PREFILL_MAX)
+        check(device, case_of(Shape(n_block=n_block), "decode", mode, order="shuffled"), DECODE_MAX)
 
 
-def test_room_after_the_rows():
+def test_room_after_the_rows(device):
     for mode in MODES:
-        check(Case(Shape(), [Sequence(DIALOGUE, 30, 25), Sequence(DIALOGUE, 0, 1)], mode, seed=SEED), PREFILL_MAX)
+        check(device, Case(Shape(), [Sequence(DIALOGUE, 30, 25), Sequence(DIALOGUE, 0, 1)], mode, seed=SEED), PREFILL_MAX)
 
 
-def test_long_sequence_is_split():
+def test_long_sequence_is_split(device):
     """Spans of KV blocks go to thread blocks of their own; the last span is shorter, and one row has none for some."""
     for mode, type_ in itertools.product(MODES, (F16, Q8_0)):
         shape = Shape(64, 2, 1, type_, type_, 16)
-        check(Case(shape, [Sequence("t20 v300 t41", 360, 1), Sequence("t3", 2, 1)], mode, bias_of(shape), seed=SEED), DECODE_MAX)
+        check(device, Case(shape, [Sequence("t20 v300 t41", 360, 1), Sequence("t3", 2, 1)], mode, bias_of(shape), seed=SEED), DECODE_MAX)
 
 
 @pytest.mark.parametrize("mode", ["global", "visual"])
-def test_score_cache(mode):
+def test_score_cache(device, mode):
     def without_leader(layers, step):
         # a lazy layer that reads scores needs neither Q nor K of its leader: 0 is a gap full of NaN
         layers[1].q_leader = None
@@ -78,7 +84,7 @@ def test_score_cache(mode):
 
     for kind, heads, type_k in itertools.product(("decode", "mixed"), ((4, 4), (8, 2), (20, 1)), (F16, Q4_0)):
         case = case_of(Shape(80, *heads, type_k), kind, mode, True)
-        _, _, scores = check(case, DECODE_MAX, score_cache=True, edit=without_leader)
+        _, _, scores = check(device, case, DECODE_MAX, score_cache=True, edit=without_leader)
         _, logits = case.reference(0)
         seen = np.zeros(scores.shape, bool)
         seen[..., : logits.shape[-1]] = ~np.isnan(logits)[..., : scores.shape[-1]]
@@ -86,23 +92,23 @@ def test_score_cache(mode):
         assert np.isnan(scores[~seen]).all(), "only keys that a row sees are written"
 
 
-def test_graph_can_run_again():
-    check(Case(Shape(n_head=1, n_head_kv=1), [Sequence(DIALOGUE, 60, 20)], "visual", np.ones(1, np.float32), seed=SEED), PREFILL_MAX, n_runs=3)
+def test_graph_can_run_again(device):
+    check(device, Case(Shape(n_head=1, n_head_kv=1), [Sequence(DIALOGUE, 60, 20)], "visual", np.ones(1, np.float32), seed=SEED), PREFILL_MAX, n_runs=3)
 
 
-def test_growing_logits():
+def test_growing_logits(device):
     """Each key outweighs all before it: the running maximum moves at every key and block."""
     for n_past, bound in ((0, PREFILL_MAX), (99, DECODE_MAX)):
         case = Case(Shape(), [Sequence("t100", n_past, 100 - n_past)], "off", seed=SEED)
         for layer in range(2):
             case.q[layer][0][:] = 4.0
             case.k[layer][0][:] = np.linspace(0, 4, 100, dtype=np.float32)[:, None, None]
-        check(case, bound)
+        check(device, case, bound)
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_overflowing_logits_stay_finite(kind, sign):
+def test_overflowing_logits_stay_finite(device, kind, sign):
     case = Case(Shape(), [Sequence(DIALOGUE, 93, 1)] if kind == "decode" else [Sequence(DIALOGUE, 0, 94)], "global", seed=SEED)
     for q in case.q:
         for x in q:
@@ -110,17 +116,55 @@ def test_overflowing_logits_stay_finite(kind, sign):
     for k in case.k:
         for x in k:
             np.abs(x, out=x)
-    for out in case.run("gpu")[:2]:
+    for out in case.run(device)[:2]:
         assert np.isfinite(out).all()
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
-def test_nan_stays_in_its_row(kind):
+def test_nan_stays_in_its_row(device, kind):
     case = Case(Shape(n_head_kv=2), [Sequence(DIALOGUE, 92, 2)] if kind == "decode" else [Sequence(DIALOGUE, 0, 94)], "global", seed=SEED)
     i, pos = case.rows[-1]
     case.q[0][i][pos, 1, 3] = np.nan
-    for out in case.run("gpu")[:2]:
+    for out in case.run(device)[:2]:
         nan = np.isnan(out)
         assert nan[-1, 1].all()
         nan[-1, 1] = False
         assert not nan.any()
+
+
+@pytest.mark.parametrize("types", [(F16, F16), (Q8_0, Q4_0)], ids=lambda t: "-".join(op_harness.TYPE_NAMES[x] for x in t))
+def test_v_skipping(device, types):
+    """A lazy layer's output lacks at most `v_skip` of the largest |v|; where V is 1 everywhere it lacks the skipped share itself."""
+    lacking = []
+    for mode, heads, ones, v_skip in itertools.product(("global", "visual"), ((4, 4), (8, 2), (7, 1)), (False, True), (0.02, 0.3)):
+        shape = Shape(64, *heads, *types)
+        case = Case(shape, sequences("decode"), mode, bias_of(shape) if mode == "visual" else None, SEED, q_gain=4.0)
+        for v in case.v[1] if ones else ():
+            v[:] = 1.0
+
+        def edit(layers, step, v_skip=v_skip):
+            layers[1].v_skip = v_skip
+
+        exact = case.run(device, score_cache=True)[1]
+        out = case.run(device, score_cache=True, edit=edit)[1]
+        for r, (i, pos) in enumerate(case.rows):
+            v = np.abs(op_harness.unpack(case.packed("v", 1, i), types[1], 64)[: pos + 1]).max(axis=0)  # [n_head_kv, head_dim]
+            bound = v_skip * np.repeat(v, heads[0] // heads[1], axis=0)
+            assert (np.abs(out[r] - exact[r]) <= bound + 1e-5 * np.abs(exact).max()).all(), f"{mode}, {heads}, {v_skip}, row {r}"
+        if ones:
+            lacking.append(float(np.max(1 - out)) / v_skip)
+    assert min(lacking) > 0 and 0.5 < max(lacking) <= 1.001  # the share is used
+
+
+def test_v_that_is_skipped_is_not_read(device):
+    """V of keys with next to no attention is NaN: what is read shows."""
+    case = Case(Shape(64, 4, 4), [Sequence("t100", 99, 1)], "global", seed=SEED)
+    case.k[0][0][:50] = -8 * np.sign(case.q[0][0][99])  # of the leader
+    case.k[0][0][50:] = 0
+
+    def edit(layers, step):
+        layers[1].v_skip = 0.01
+
+    case.v[1][0][:50] = np.nan
+    assert np.isnan(case.run(device, score_cache=True, check_blocks=False)[1]).any()
+    assert np.isfinite(case.run(device, score_cache=True, check_blocks=False, edit=edit)[1]).all()

@@ -2,6 +2,7 @@
 
 import gc
 import pickle
+import time
 
 import llama_cpp
 import numpy as np
@@ -54,6 +55,15 @@ def test_chat_text_is_stock_llama_cpps(llm, stock):
 def test_streaming_gives_the_same_text(llm):
     expected = complete(llm, PROMPT, 40)
     assert streamed(llm.create_completion(PROMPT, max_tokens=40, temperature=0.0, stream=True)) == expected
+
+
+def test_threads_sleep_between_tokens():
+    with load(n_threads=2, n_threads_batch=2) as llm:
+        complete(llm, PROMPT, 8)
+        time.sleep(0.2)
+        busy = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - busy < 0.05  # of two threads that spin: 0.5 or more
 
 
 def test_an_abandoned_stream_leaves_no_trace(llm):

@@ -8,7 +8,7 @@
 
 // the thread that a body runs as; see gpu/simt.h
 struct qg_cuda_thread {
-    __device__ __forceinline__ int thread() const { return threadIdx.x; }
+    __device__ __forceinline__ int index() const { return threadIdx.x; }
     __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
     __device__ __forceinline__ int warp() const { return threadIdx.x / 32; }
     __device__ __forceinline__ int block_x() const { return blockIdx.x; }

@@ -2,7 +2,11 @@
 
 #pragma once
 
-#include <stdint.h>
+#if defined(__METAL_VERSION__)
+#    include <metal_stdlib>
+#else
+#    include <stdint.h>
+#endif
 
 enum qg_kv_type { QG_F16 = 0, QG_Q8_0 = 1, QG_Q4_0 = 2 };
 
@@ -34,8 +38,7 @@ struct qg_tile {
     int32_t modality;
 };
 
-#define QG_TILE_ROWS 64  // query rows of a prefill tile
-#define QG_THREADS   128 // threads of every kernel's block
+#define QG_THREADS 128 // threads of every kernel's block
 
 struct qg_attn_args {
     uint64_t blocks;    // qg_block []
@@ -48,6 +51,7 @@ struct qg_attn_args {
     uint64_t scores;    // float [n_rows][n_head][n_score_keys], or 0
     uint64_t vis_bias;  // float [n_head], or 0
     uint64_t partial;   // float [n_rows][n_head][n_splits][head_dim + 2]: sum, maximum and weighted V; used where n_splits > 1
+    uint64_t v_limits;  // float [n_rows][n_head]: inherited keys with no higher logit need no V, or 0; see v-skip.h
 
     uint64_t k_offset[2][2]; // [row modality][key modality]
     uint64_t v_offset[2];
@@ -58,6 +62,7 @@ struct qg_attn_args {
     int32_t k_row_bytes, v_row_bytes;
     int32_t score_op; // enum qcache_score_op
     float   scale;
+    float   v_skip; // share of the attention that may be left out
 };
 
 struct qg_append_args {

@@ -11,31 +11,34 @@
 
 #include "kv.h"
 
-#include <math.h>
-
 // tokens that a slot takes at a time: loads in flight; with many heads registers are short
 QG_BOTH constexpr int qg_decode_tokens(int n_heads) { return n_heads > 4 ? 2 : 4; }
 
 // bytes of shared memory: the sums of all slots of one query head
-constexpr int QG_DECODE_SHARED = 5120;
+enum { QG_DECODE_SHARED = 5120 };
 
-// Adds up n partial results { sum, maximum, weighted V } for element d; partial(i, j) is float j of result i.
-template <class F> QG_DEVICE void qg_merge(int n, const F & partial, int d, float & sum, float & max, float & value) {
-    max = -INFINITY;
+// one element of what a slot or a span gives
+struct qg_merged {
+    float sum, max, value;
+};
+
+// Adds up n partial results { sum, maximum, weighted V }, a stride apart, for element d.
+QG_DEVICE qg_merged qg_merge(QG_SHARED const float * partial, int n, int stride, int d) {
+    qg_merged merged = { 0.0f, -INFINITY, 0.0f };
     for (int i = 0; i < n; i++) {
-        max = qg_max(partial(i, 1), max);
+        merged.max = qg_max(partial[i * stride + 1], merged.max);
     }
-    sum   = 0.0f;
-    value = 0.0f;
     for (int i = 0; i < n; i++) {
         // a part without keys has sum 0; one of NaN only has maximum -inf and a sum that stays NaN
-        const float weight = partial(i, 1) == -INFINITY ? 0.0f : qg_exp(partial(i, 1) - max);
-        sum += weight * partial(i, 0);
-        value += weight * partial(i, 2 + d);
+        const float max    = partial[i * stride + 1];
+        const float weight = max == -INFINITY ? 0.0f : qg_exp(max - merged.max);
+        merged.sum += weight * partial[i * stride];
+        merged.value += weight * partial[i * stride + 2 + d];
     }
+    return merged;
 }
 
-template <int G, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decode(T & t, const qg_attn_args & p) {
+template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONSTANT const qg_attn_args & p, int type_k, int type_v) {
     constexpr int TOKENS = qg_decode_tokens(G);
 
     const int n_group  = p.n_head / p.n_head_kv;
@@ -45,20 +48,20 @@ template <int G, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decode(
     const int n_heads  = qg_min(G, n_group - t.block_x() % n_chunks * G); // of G
     const int ir       = t.block_y();
 
-    const qg_row     row      = ((const qg_row *) p.rows)[ir];
-    const qg_block * blocks   = (const qg_block *) p.blocks + row.first_block;
-    const int        per      = (row.n_blocks + p.n_splits - 1) / p.n_splits;
-    const int        ib_first = per * t.block_z();
-    const int        ib_end   = qg_min(row.n_blocks, ib_first + per);
+    const qg_row               row      = ((QG_GLOBAL const qg_row *) p.rows)[ir];
+    QG_GLOBAL const qg_block * blocks   = (QG_GLOBAL const qg_block *) p.blocks + row.first_block;
+    const int                  per      = (row.n_blocks + p.n_splits - 1) / p.n_splits;
+    const int                  ib_first = per * t.block_z();
+    const int                  ib_end   = qg_min(row.n_blocks, ib_first + per);
 
     int width = 1;
-    while (8 * width < p.head_dim) {
+    while (8 * width < qg_head_dim(p)) {
         width *= 2;
     }
     const int  n_slots = QG_THREADS / width;
-    const int  slot    = t.thread() / width;
-    const int  chunk   = t.thread() % width;
-    const bool active  = 8 * chunk < p.head_dim;
+    const int  slot    = t.index() / width;
+    const int  chunk   = t.index() % width;
+    const bool active  = 8 * chunk < qg_head_dim(p);
 
     float q[G][8], acc[G][8], max[G], sum[G];
     QG_UNROLL
@@ -72,27 +75,28 @@ template <int G, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decode(
     }
     int loaded = -1; // which of own (0) and leader's (1) is in q
 
-    float * scores = p.score_op != 0 ? (float *) p.scores + ((uint64_t) ir * p.n_head + head) * p.n_score_keys : nullptr;
+    QG_GLOBAL float * scores = qg_score_op(p) != 0 ? (QG_GLOBAL float *) p.scores + ((uint64_t) ir * p.n_head + head) * p.n_score_keys : nullptr;
 
     for (int ib = ib_first; ib < ib_end; ib++) {
         const qg_block block = blocks[ib];
         const int      n     = qg_min(block.n, row.pos - block.first + 1);
         const int      leads = p.q_leads[row.modality][block.modality];
-        const bool     reads = p.score_op == 2 && leads;
+        const bool     reads = qg_score_op(p) == 2 && leads;
         const bool     bias  = p.vis_bias != 0 && row.modality == 0 && block.modality == 1;
         const uint64_t first = (uint64_t) kv_head * p.n_block_tokens;
 
-        const uint8_t * k = (const uint8_t *) block.data + p.k_offset[row.modality][block.modality] + first * p.k_row_bytes;
-        const uint8_t * v = (const uint8_t *) block.data + p.v_offset[block.modality] + first * p.v_row_bytes;
+        QG_GLOBAL const uint8_t * data = (QG_GLOBAL const uint8_t *) block.data;
+        QG_GLOBAL const uint8_t * k    = data + p.k_offset[row.modality][block.modality] + first * p.k_row_bytes;
+        QG_GLOBAL const uint8_t * v    = data + p.v_offset[block.modality] + first * p.v_row_bytes;
 
         if (!reads && loaded != leads) {
-            const float * from = leads ? (const float *) p.q_leader + ((uint64_t) ir * p.n_head + head) * p.head_dim
-                                       : (const float *) p.q_own + ((uint64_t) row.q_own * p.n_head + head) * p.head_dim;
+            QG_GLOBAL const float * from = leads ? (QG_GLOBAL const float *) p.q_leader + ((uint64_t) ir * p.n_head + head) * qg_head_dim(p)
+                                                 : (QG_GLOBAL const float *) p.q_own + ((uint64_t) row.q_own * p.n_head + head) * qg_head_dim(p);
             QG_UNROLL
             for (int g = 0; g < G; g++) {
                 QG_UNROLL
                 for (int i = 0; i < 8; i++) {
-                    q[g][i] = active && g < n_heads ? from[(uint64_t) g * p.head_dim + 8 * chunk + i] : 0.0f;
+                    q[g][i] = active && g < n_heads ? from[(uint64_t) g * qg_head_dim(p) + 8 * chunk + i] : 0.0f;
                 }
             }
             loaded = leads;
@@ -113,7 +117,7 @@ template <int G, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decode(
                 for (int u = 0; u < TOKENS; u++) {
                     const int token = base + u * n_slots + slot;
                     if (token < n && active) {
-                        qg_load8<TYPE_K>(k + (uint64_t) token * p.k_row_bytes, chunk, x[u]);
+                        qg_load8(type_k, k + (uint64_t) token * p.k_row_bytes, chunk, x[u]);
                     } else {
                         QG_UNROLL
                         for (int i = 0; i < 8; i++) {
@@ -135,7 +139,7 @@ template <int G, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decode(
                             dot += t.shuffle_xor(dot, step);
                         }
                         s[u][g] = token < n ? qg_clamp(dot * p.scale) : -INFINITY;
-                        if (p.score_op == 1 && chunk == 0 && token < n && g < n_heads) {
+                        if (qg_score_op(p) == 1 && chunk == 0 && token < n && g < n_heads) {
                             scores[(uint64_t) g * p.n_score_keys + block.first + token] = s[u][g];
                         }
                     }
@@ -144,15 +148,21 @@ template <int G, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decode(
             if (base + slot >= n) {
                 continue; // nothing for this slot; no exchange between lanes follows in this turn
             }
+            const bool skips = reads && p.v_limits != 0;
+            int        kept  = skips ? 0 : ~0; // bit u: some head wants V of that token
             QG_UNROLL
             for (int g = 0; g < G; g++) {
                 float highest = max[g];
                 QG_UNROLL
                 for (int u = 0; u < TOKENS; u++) {
                     if (bias && g < n_heads) {
-                        s[u][g] = s[u][g] == -INFINITY ? s[u][g] : qg_clamp(s[u][g] + ((const float *) p.vis_bias)[head + g]);
+                        s[u][g] = s[u][g] == -INFINITY ? s[u][g] : qg_clamp(s[u][g] + ((QG_GLOBAL const float *) p.vis_bias)[head + g]);
                     }
                     highest = qg_max(s[u][g], highest);
+                    if (skips && g < n_heads) {
+                        const float limit = ((QG_GLOBAL const float *) p.v_limits)[(uint64_t) ir * p.n_head + head + g];
+                        kept |= s[u][g] <= limit ? 0 : 1 << u;
+                    }
                 }
                 if (highest > max[g]) {
                     const float scale = qg_exp(max[g] - highest);
@@ -172,8 +182,8 @@ template <int G, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decode(
             QG_UNROLL
             for (int u = 0; u < TOKENS; u++) {
                 const int token = base + u * n_slots + slot;
-                if (token < n && active) {
-                    qg_load8<TYPE_V>(v + (uint64_t) token * p.v_row_bytes, chunk, x[u]);
+                if (token < n && active && (kept >> u & 1)) {
+                    qg_load8(type_v, v + (uint64_t) token * p.v_row_bytes, chunk, x[u]);
                 } else {
                     QG_UNROLL
                     for (int i = 0; i < 8; i++) {
@@ -194,11 +204,11 @@ template <int G, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decode(
         }
     }
 
-    float *   shared = (float *) t.shared(); // [n_slots][head_dim + 2]
-    const int stride = p.head_dim + 2;
+    QG_SHARED float * shared = (QG_SHARED float *) t.shared(); // [n_slots][head_dim + 2]
+    const int         stride = qg_head_dim(p) + 2;
     for (int g = 0; g < n_heads; g++) {
         t.sync();
-        float * to = shared + slot * stride;
+        QG_SHARED float * to = shared + slot * stride;
         QG_UNROLL
         for (int h = 0; h < G; h++) {
             if (h == g) { // an index known when compiled keeps the arrays in registers
@@ -215,20 +225,18 @@ template <int G, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decode(
             }
         }
         t.sync();
-        const auto partial = [&](int i, int j) { return shared[i * stride + j]; };
-        for (int d = t.thread(); d < p.head_dim; d += QG_THREADS) {
-            float all_sum, all_max, value;
-            qg_merge(n_slots, partial, d, all_sum, all_max, value);
-            const uint64_t at = (uint64_t) ir * p.n_head + head + g;
+        for (int d = t.index(); d < qg_head_dim(p); d += QG_THREADS) {
+            const qg_merged merged = qg_merge(shared, n_slots, stride, d);
+            const uint64_t  at     = (uint64_t) ir * p.n_head + head + g;
             if (p.n_splits == 1) {
-                ((float *) p.dst)[at * p.head_dim + d] = all_sum == 0.0f ? 0.0f : value / all_sum;
+                ((QG_GLOBAL float *) p.dst)[at * qg_head_dim(p) + d] = merged.sum == 0.0f ? 0.0f : merged.value / merged.sum;
             } else {
-                float * out = (float *) p.partial + (at * p.n_splits + t.block_z()) * stride;
+                QG_GLOBAL float * out = (QG_GLOBAL float *) p.partial + (at * p.n_splits + t.block_z()) * stride;
                 if (d == 0) {
-                    out[0] = all_sum;
-                    out[1] = all_max;
+                    out[0] = merged.sum;
+                    out[1] = merged.max;
                 }
-                out[2 + d] = value;
+                out[2 + d] = merged.value;
             }
         }
     }
@@ -239,13 +247,13 @@ constexpr int qg_merge_shared(int n_splits) { return 8 * n_splits; }
 // The spans' weights are worked out once, then every thread adds up its element with loads that don't wait for each other.
 //
 // grid: (n_head, n_rows, 1)
-template <class T> QG_DEVICE void qg_attn_merge(T & t, const qg_attn_args & p) {
-    const uint64_t at     = (uint64_t) t.block_y() * p.n_head + t.block_x();
-    const int      stride = p.head_dim + 2;
-    const float *  from   = (const float *) p.partial + at * p.n_splits * stride;
-    float *        weight = (float *) t.shared(); // [n_splits] maxima first
-    float *        sums   = weight + p.n_splits;  // [n_splits]
-    for (int i = t.thread(); i < p.n_splits; i += QG_THREADS) {
+template <class T> QG_DEVICE void qg_attn_merge(QG_LOCAL T & t, QG_CONSTANT const qg_attn_args & p) {
+    const uint64_t          at     = (uint64_t) t.block_y() * p.n_head + t.block_x();
+    const int               stride = qg_head_dim(p) + 2;
+    QG_GLOBAL const float * from   = (QG_GLOBAL const float *) p.partial + at * p.n_splits * stride;
+    QG_SHARED float *       weight = (QG_SHARED float *) t.shared(); // [n_splits] maxima first
+    QG_SHARED float *       sums   = weight + p.n_splits;            // [n_splits]
+    for (int i = t.index(); i < p.n_splits; i += QG_THREADS) {
         sums[i]   = from[i * stride];
         weight[i] = from[i * stride + 1];
     }
@@ -255,7 +263,7 @@ template <class T> QG_DEVICE void qg_attn_merge(T & t, const qg_attn_args & p) {
         max = qg_max(weight[i], max);
     }
     t.sync(); // all have read the maxima
-    for (int i = t.thread(); i < p.n_splits; i += QG_THREADS) {
+    for (int i = t.index(); i < p.n_splits; i += QG_THREADS) {
         weight[i] = weight[i] == -INFINITY ? 0.0f : qg_exp(weight[i] - max);
     }
     t.sync();
@@ -263,11 +271,11 @@ template <class T> QG_DEVICE void qg_attn_merge(T & t, const qg_attn_args & p) {
     for (int i = 0; i < p.n_splits; i++) {
         sum += weight[i] * sums[i];
     }
-    for (int d = t.thread(); d < p.head_dim; d += QG_THREADS) {
+    for (int d = t.index(); d < qg_head_dim(p); d += QG_THREADS) {
         float value = 0.0f;
         for (int i = 0; i < p.n_splits; i++) {
             value += weight[i] * from[i * stride + 2 + d];
         }
-        ((float *) p.dst)[at * p.head_dim + d] = sum == 0.0f ? 0.0f : value / sum;
+        ((QG_GLOBAL float *) p.dst)[at * qg_head_dim(p) + d] = sum == 0.0f ? 0.0f : value / sum;
     }
 }

@@ -14,7 +14,7 @@
 
 #include "kv.h"
 
-#include <math.h>
+constexpr int QG_TILE_ROWS = 64; // query rows of a tile
 
 QG_BOTH constexpr int qg_prefill_keys(int dim) { return dim > 128 ? 16 : 32; } // of a tile of K and V
 
@@ -72,7 +72,7 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_prefi
 
         if (leads != loaded) {
             t.sync(); // all have read the last tile of Q
-            for (int i = t.thread(); i < QG_TILE_ROWS * DIM / 2; i += QG_THREADS) {
+            for (int i = t.index(); i < QG_TILE_ROWS * DIM / 2; i += QG_THREADS) {
                 const int r = i / (DIM / 2), d = i % (DIM / 2) * 2;
                 float     a = 0.0f, b = 0.0f;
                 if (r < tile.n && d < p.head_dim) {
@@ -88,20 +88,19 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_prefi
         }
         for (int base = 0; base < n; base += KEYS) {
             t.sync(); // all have read the last tiles of K and V
-            for (int i = t.thread(); i < KEYS * DIM / 8; i += QG_THREADS) {
+            for (int i = t.index(); i < KEYS * DIM / 8; i += QG_THREADS) {
                 const int token = i / (DIM / 8), chunk = i % (DIM / 8);
                 float     x[8] = {};
                 if (base + token < n && 8 * chunk < p.head_dim) {
-                    qg_load8<TYPE_K>(k + (uint64_t) (base + token) * p.k_row_bytes, chunk, x);
+                    qg_load8(TYPE_K, k + (uint64_t) (base + token) * p.k_row_bytes, chunk, x);
                 }
-                *(qg_u4 *) (shared_k + token * STRIDE + 8 * chunk) = { qg_pair(x[0], x[1]), qg_pair(x[2], x[3]), qg_pair(x[4], x[5]),
-                                                                       qg_pair(x[6], x[7]) };
+                *(qg_u4 *) (shared_k + token * STRIDE + 8 * chunk) = qg_eight(x);
             }
-            for (int i = t.thread(); i < KEYS * DIM / 8; i += QG_THREADS) {
+            for (int i = t.index(); i < KEYS * DIM / 8; i += QG_THREADS) {
                 const int token = i % KEYS, chunk = i / KEYS;
                 float     x[8] = {};
                 if (base + token < n && 8 * chunk < p.head_dim) {
-                    qg_load8<TYPE_V>(v + (uint64_t) (base + token) * p.v_row_bytes, chunk, x);
+                    qg_load8(TYPE_V, v + (uint64_t) (base + token) * p.v_row_bytes, chunk, x);
                 }
                 QG_UNROLL
                 for (int e = 0; e < 8; e++) {

@@ -4,7 +4,7 @@
 
 #include "../qcache-impl.h"
 #include "attn-decode.h"
-#include "attn-prefill.h"
+#include "v-skip.h"
 
 #include <ggml.h>
 
@@ -69,8 +69,8 @@ bool qcache_gpu_ops::begin(const qcache_attn_step & step, const std::vector<cons
     std::vector<int32_t> ordered;
     for (auto & [key, of_group] : groups) {
         std::sort(of_group.begin(), of_group.end(), [&](int32_t a, int32_t b) { return step.rows[a].pos < step.rows[b].pos; });
-        for (size_t i = 0; i < of_group.size(); i += QG_TILE_ROWS) {
-            const auto n = (int32_t) std::min<size_t>(QG_TILE_ROWS, of_group.size() - i);
+        for (size_t i = 0; i < of_group.size(); i += api->tile_rows) {
+            const auto n = (int32_t) std::min<size_t>(api->tile_rows, of_group.size() - i);
             tile_table.push_back({ (int32_t) ordered.size(), n, first_of_seq[key.first], step.rows[of_group[i + n - 1]].block + 1, key.second });
             ordered.insert(ordered.end(), of_group.begin() + i, of_group.begin() + i + n);
         }
@@ -163,7 +163,7 @@ bool qcache_gpu_ops::attn(const qcache_attn_params & p, int index, const float *
     // a tile of few rows wastes most of its products
     if (p.score_op == QCACHE_SCORE_NONE && n_rows >= 8 * n_tiles) {
         const int dim = prefill_dim(p.head_dim);
-        return api->launch(ctx, { QCACHE_GPU_PREFILL, type_k, type_v, dim, { n_tiles, p.n_head, 1 }, qg_prefill_shared(dim) }, &a);
+        return api->launch(ctx, { QCACHE_GPU_PREFILL, type_k, type_v, dim, { n_tiles, p.n_head, 1 }, api->prefill_shared(dim) }, &a);
     }
     const int n_group = p.n_head / p.n_head_kv;
     const int width   = n_group <= 2 ? n_group : n_group <= 4 ? 4 : 8;
@@ -173,11 +173,21 @@ bool qcache_gpu_ops::attn(const qcache_attn_params & p, int index, const float *
     const int n_wanted = std::max(1, std::min((8 * n_processors + n_cells - 1) / n_cells, n_blocks_max / 2));
     const int n_each   = (n_blocks_max + n_wanted - 1) / n_wanted;
     a.n_splits         = (n_blocks_max + n_each - 1) / n_each;
-    if (a.n_splits > 1) {
-        a.partial = (uint64_t) (uintptr_t) api->workspace(ctx, (size_t) n_rows * p.n_head * a.n_splits * (p.head_dim + 2) * sizeof(float));
-        if (a.partial == 0) {
+
+    const bool   skips     = p.v_skip > 0.0f && p.score_op == QCACHE_SCORE_READ;
+    const size_t n_limits  = skips ? (size_t) n_rows * p.n_head : 0;
+    const size_t n_partial = a.n_splits > 1 ? (size_t) n_rows * p.n_head * a.n_splits * (p.head_dim + 2) : 0;
+    if (n_limits + n_partial > 0) {
+        const auto work = (uint64_t) (uintptr_t) api->workspace(ctx, (n_limits + n_partial) * sizeof(float));
+        if (work == 0) {
             return false;
         }
+        a.partial  = n_partial > 0 ? work : 0;
+        a.v_limits = skips ? work + n_partial * sizeof(float) : 0;
+        a.v_skip   = p.v_skip;
+    }
+    if (skips && !api->launch(ctx, { QCACHE_GPU_V_LIMITS, type_k, type_v, 0, { p.n_head, n_rows, 1 }, QG_V_SKIP_SHARED }, &a)) {
+        return false;
     }
     return api->launch(ctx, { QCACHE_GPU_DECODE, type_k, type_v, width, { n_cells / n_rows, n_rows, a.n_splits }, QG_DECODE_SHARED }, &a) &&
            (a.n_splits == 1 || api->launch(ctx, { QCACHE_GPU_MERGE, type_k, type_v, 0, { p.n_head, n_rows, 1 }, qg_merge_shared(a.n_splits) }, &a));

@@ -12,7 +12,7 @@
 struct ggml_backend;
 struct ggml_backend_device;
 
-enum qcache_gpu_kernel { QCACHE_GPU_APPEND, QCACHE_GPU_DECODE, QCACHE_GPU_MERGE, QCACHE_GPU_PREFILL };
+enum qcache_gpu_kernel { QCACHE_GPU_APPEND, QCACHE_GPU_DECODE, QCACHE_GPU_MERGE, QCACHE_GPU_PREFILL, QCACHE_GPU_V_LIMITS };
 
 struct qcache_gpu_launch {
     qcache_gpu_kernel kernel;
@@ -25,6 +25,9 @@ struct qcache_gpu_launch {
 // A device's runtime. Everything runs in order on one stream of ours; false or NULL: failed, qcache_last_error() says why.
 struct qcache_gpu_i {
     const char * name; // "cuda"
+
+    int tile_rows;                  // query rows of a prefill tile
+    int (*prefill_shared)(int dim); // bytes of shared memory of a prefill kernel; dim: padded head_dim
 
     void * (*init)(ggml_backend * wrapped, int * n_processors); // wrapped: the stream that stock operations run on
     void (*free)(void * ctx);

@@ -6,10 +6,11 @@
 #include "attn-decode.h"
 #include "attn-prefill.h"
 #include "gpu-ops.h"
+#include "v-skip.h"
 
 struct qg_append_kernel {
     using args = qg_append_args;
-    template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_append(t, a); }
+    template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_append(t, a, a.type_k, a.type_v); }
 };
 
 struct qg_merge_kernel {
@@ -17,9 +18,14 @@ struct qg_merge_kernel {
     template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_attn_merge(t, a); }
 };
 
+struct qg_v_limits_kernel {
+    using args = qg_attn_args;
+    template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_v_limits(t, a); }
+};
+
 template <int G, int TYPE_K, int TYPE_V> struct qg_decode_kernel {
     using args = qg_attn_args;
-    template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_attn_decode<G, TYPE_K, TYPE_V>(t, a); }
+    template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_attn_decode<G>(t, a, TYPE_K, TYPE_V); }
 };
 
 template <int DIM, int TYPE_K, int TYPE_V> struct qg_prefill_kernel {

@@ -8,16 +8,16 @@
 #include "simt.h"
 
 // x[8] = elements 8 chunk .. 8 chunk + 7 of a row
-template <int TYPE> QG_DEVICE void qg_load8(const uint8_t * row, int chunk, float * x) {
-    if constexpr (TYPE == QG_F16) {
-        const qg_u4 v = *(const qg_u4 *) (row + 16 * chunk);
+QG_DEVICE void qg_load8(int type, QG_GLOBAL const uint8_t * row, int chunk, QG_LOCAL float * x) {
+    if (type == QG_F16) {
+        const qg_u4 v = *(QG_GLOBAL const qg_u4 *) (row + 16 * chunk);
         qg_halves(v.x, x[0], x[1]);
         qg_halves(v.y, x[2], x[3]);
         qg_halves(v.z, x[4], x[5]);
         qg_halves(v.w, x[6], x[7]);
-    } else if constexpr (TYPE == QG_Q8_0) {
-        const uint16_t * group = (const uint16_t *) (row + 34 * (chunk / 4));
-        const float      scale = qg_from_half(group[0]);
+    } else if (type == QG_Q8_0) {
+        QG_GLOBAL const uint16_t * group = (QG_GLOBAL const uint16_t *) (row + 34 * (chunk / 4));
+        const float                scale = qg_from_half(group[0]);
         QG_UNROLL
         for (int i = 0; i < 4; i++) {
             const uint16_t two = group[1 + 4 * (chunk % 4) + i];
@@ -26,9 +26,9 @@ template <int TYPE> QG_DEVICE void qg_load8(const uint8_t * row, int chunk, floa
         }
     } else {
         // byte j holds elements j (low half) and j + 16
-        const uint16_t * group = (const uint16_t *) (row + 18 * (chunk / 4));
-        const float      scale = qg_from_half(group[0]);
-        const int        shift = chunk % 4 >= 2 ? 4 : 0;
+        QG_GLOBAL const uint16_t * group = (QG_GLOBAL const uint16_t *) (row + 18 * (chunk / 4));
+        const float                scale = qg_from_half(group[0]);
+        const int                  shift = chunk % 4 >= 2 ? 4 : 0;
         QG_UNROLL
         for (int i = 0; i < 4; i++) {
             const int two = group[1 + 4 * (chunk % 2) + i] >> shift;
@@ -40,11 +40,11 @@ template <int TYPE> QG_DEVICE void qg_load8(const uint8_t * row, int chunk, floa
 
 // Writes a group of 32 elements (fewer at the end of an f16 row) with the 32 lanes of a warp: lane i has element i.
 // The same rounding as ggml's reference, so that the bytes are those of the CPU.
-template <class T> QG_DEVICE void qg_store_group(T & t, int type, uint8_t * row, int group, int n, float x) {
+template <class T> QG_DEVICE void qg_store_group(QG_LOCAL T & t, int type, QG_GLOBAL uint8_t * row, int group, int n, float x) {
     const int lane = t.lane();
     if (type == QG_F16) {
         if (lane < n) {
-            ((uint16_t *) row)[32 * group + lane] = qg_to_half(x);
+            ((QG_GLOBAL uint16_t *) row)[32 * group + lane] = qg_to_half(x);
         }
         return;
     }
@@ -60,21 +60,21 @@ template <class T> QG_DEVICE void qg_store_group(T & t, int type, uint8_t * row,
         }
     }
     if (type == QG_Q8_0) {
-        const float d  = (largest < 0.0f ? -largest : largest) / 127.0f;
-        const float id = d != 0.0f ? 1.0f / d : 0.0f;
-        uint8_t *   to = row + 34 * group;
+        const float         d  = (largest < 0.0f ? -largest : largest) / 127.0f;
+        const float         id = d != 0.0f ? 1.0f / d : 0.0f;
+        QG_GLOBAL uint8_t * to = row + 34 * group;
         if (lane == 0) {
-            *(uint16_t *) to = qg_to_half(d);
+            *(QG_GLOBAL uint16_t *) to = qg_to_half(d);
         }
         to[2 + lane] = (uint8_t) (int8_t) qg_round(x * id);
     } else {
-        const float d    = largest / -8.0f;
-        const float id   = d != 0.0f ? 1.0f / d : 0.0f;
-        const int   q    = qg_min(15, (int) (int8_t) qg_mul_add(x, id, 8.5f));
-        const int   high = t.shuffle_xor(q, 16);
-        uint8_t *   to   = row + 18 * group;
+        const float         d    = largest / -8.0f;
+        const float         id   = d != 0.0f ? 1.0f / d : 0.0f;
+        const int           q    = qg_min(15, (int) (int8_t) qg_mul_add(x, id, 8.5f));
+        const int           high = t.shuffle_xor(q, 16);
+        QG_GLOBAL uint8_t * to   = row + 18 * group;
         if (lane == 0) {
-            *(uint16_t *) to = qg_to_half(d);
+            *(QG_GLOBAL uint16_t *) to = qg_to_half(d);
         }
         if (lane < 16) {
             to[2 + lane] = (uint8_t) (q | high << 4);

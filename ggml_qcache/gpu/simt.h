@@ -1,8 +1,9 @@
-// simt.h: the few words that make a kernel body CUDA C++ or plain C++
+// simt.h: the few words that make a kernel body CUDA C++, Metal Shading Language or plain C++
 //
 // A body is a function template over `T`, the thread it runs as: T gives its place in the grid and in the thread block,
-// memory shared by the block, barriers, and exchanges inside a warp of 32. In CUDA that is the hardware's; the emulation
-// in tests/native/simt_emulation.h runs every thread of a block as a fiber.
+// memory shared by the block, barriers, and exchanges inside a warp of 32. In CUDA and Metal that is the hardware's; the
+// emulation in tests/native/ runs every thread of a block as a fiber. Every pointer and reference names its address space.
+// Metal's language is C++14 without lambdas, `if constexpr` and the standard library; so are the bodies.
 
 #pragma once
 
@@ -10,26 +11,49 @@
 
 #if defined(__CUDACC__)
 #    include <cuda_fp16.h>
-#    define QG_DEVICE __device__ __forceinline__
-#    define QG_BOTH   __host__ __device__ // of the launch too
-#    define QG_UNROLL _Pragma("unroll")
+#    define QG_DEVICE   __device__ __forceinline__
+#    define QG_BOTH     __host__ __device__ // of the launch too
+#    define QG_UNROLL   _Pragma("unroll")
+#    define QG_GLOBAL                       // address spaces: memory of the device
+#    define QG_SHARED                       // of the thread block
+#    define QG_CONSTANT                     // arguments
+#    define QG_LOCAL                        // of the thread
+#elif defined(__METAL_VERSION__)
+#    include <metal_simdgroup>
+using namespace metal;
+#    define QG_DEVICE   inline
+#    define QG_BOTH
+#    define QG_UNROLL   _Pragma("clang loop unroll(full)")
+#    define QG_GLOBAL   device
+#    define QG_SHARED   threadgroup
+#    define QG_CONSTANT constant
+#    define QG_LOCAL    thread
 #else
 #    include <cmath>
 #    include <cstring>
-#    define QG_DEVICE inline
+#    define QG_DEVICE   inline
 #    define QG_BOTH
 #    define QG_UNROLL
+#    define QG_GLOBAL
+#    define QG_SHARED
+#    define QG_CONSTANT
+#    define QG_LOCAL
 #endif
 
+#if defined(__METAL_VERSION__)
+typedef uint4 qg_u4;
+#else
 struct alignas(16) qg_u4 {
     uint32_t x, y, z, w;
 };
+#endif
 
 #if defined(__CUDACC__)
 
 QG_DEVICE float    qg_from_half(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 QG_DEVICE uint16_t qg_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
 QG_DEVICE float    qg_exp(float x) { return __expf(x); }
+QG_DEVICE float    qg_log(float x) { return __logf(x); }
 QG_DEVICE float    qg_round(float x) { return roundf(x); }
 QG_DEVICE float    qg_mul_add(float x, float y, float z) { return __fadd_rn(__fmul_rn(x, y), z); } // rounded twice
 
@@ -37,6 +61,35 @@ QG_DEVICE void qg_halves(uint32_t pair, float & a, float & b) {
     const float2 f = __half22float2(*(const __half2 *) &pair);
     a = f.x;
     b = f.y;
+}
+
+#elif defined(__METAL_VERSION__)
+
+// what a function is specialised for; the indices are those of metal/metal-kernels.h
+constant int qg_type_k [[function_constant(0)]]; // enum qg_kv_type
+constant int qg_type_v [[function_constant(1)]];
+constant int qg_fixed_head_dim [[function_constant(2)]];
+constant int qg_fixed_score_op [[function_constant(3)]];
+
+template <class A> QG_DEVICE int qg_head_dim(QG_CONSTANT const A &) { return qg_fixed_head_dim; }
+QG_DEVICE int qg_score_op(QG_CONSTANT const qg_attn_args &) { return qg_fixed_score_op; }
+
+// precise: the fast one may take NaN and infinity for something else
+QG_DEVICE float    qg_from_half(uint16_t h) { return (float) as_type<half>(h); }
+QG_DEVICE uint16_t qg_to_half(float x) { return as_type<uint16_t>((half) x); }
+QG_DEVICE float    qg_exp(float x) { return precise::exp(x); }
+QG_DEVICE float    qg_log(float x) { return precise::log(x); }
+QG_DEVICE float    qg_round(float x) { return round(x); }
+
+QG_DEVICE float qg_mul_add(float x, float y, float z) {
+#pragma METAL fp contract(off)
+    const float product = x * y; // rounded twice
+    return product + z;
+}
+
+QG_DEVICE void qg_halves(uint32_t pair, QG_LOCAL float & a, QG_LOCAL float & b) {
+    a = qg_from_half((uint16_t) pair);
+    b = qg_from_half((uint16_t) (pair >> 16));
 }
 
 #else
@@ -74,6 +127,7 @@ QG_DEVICE uint16_t qg_to_half(float x) {
 }
 
 QG_DEVICE float qg_exp(float x) { return std::exp(x); }
+QG_DEVICE float qg_log(float x) { return std::log(x); }
 QG_DEVICE float qg_round(float x) { return std::round(x); }
 
 QG_DEVICE float qg_mul_add(float x, float y, float z) {
@@ -95,3 +149,18 @@ QG_DEVICE int   qg_min(int a, int b) { return a < b ? a : b; }
 QG_DEVICE float qg_clamp(float x) { return x > 3.402823466e+38f ? 3.402823466e+38f : x < -3.402823466e+38f ? -3.402823466e+38f : x; }
 
 QG_DEVICE uint32_t qg_pair(float a, float b) { return (uint32_t) qg_to_half(a) | (uint32_t) qg_to_half(b) << 16; }
+
+// eight numbers as f16
+QG_DEVICE qg_u4 qg_eight(QG_LOCAL const float * x) {
+    qg_u4 eight;
+    eight.x = qg_pair(x[0], x[1]);
+    eight.y = qg_pair(x[2], x[3]);
+    eight.z = qg_pair(x[4], x[5]);
+    eight.w = qg_pair(x[6], x[7]);
+    return eight;
+}
+
+#if !defined(__METAL_VERSION__)
+template <class A> QG_DEVICE int qg_head_dim(const A & p) { return p.head_dim; }
+QG_DEVICE int qg_score_op(const qg_attn_args & p) { return p.score_op; }
+#endif

@@ -4,6 +4,7 @@
 
 template cudaError_t qg_cuda_launch<qg_append_kernel>(const qcache_gpu_launch &, const void *, cudaStream_t);
 template cudaError_t qg_cuda_launch<qg_merge_kernel>(const qcache_gpu_launch &, const void *, cudaStream_t);
+template cudaError_t qg_cuda_launch<qg_v_limits_kernel>(const qcache_gpu_launch &, const void *, cudaStream_t);
 template cudaError_t qg_cuda_launch<qg_decode_kernel<1, QG_F16, QG_F16>>(const qcache_gpu_launch &, const void *, cudaStream_t);
 template cudaError_t qg_cuda_launch<qg_decode_kernel<8, QG_Q8_0, QG_Q4_0>>(const qcache_gpu_launch &, const void *, cudaStream_t);
 template cudaError_t qg_cuda_launch<qg_prefill_kernel<80, QG_Q4_0, QG_Q8_0>>(const qcache_gpu_launch &, const void *, cudaStream_t);

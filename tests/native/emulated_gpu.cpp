@@ -1,8 +1,12 @@
-// emulated_gpu.cpp: a runtime (qcache_gpu_i) that takes ggml's CPU device for a GPU and emulates our kernels on it, so that
-// kernels, tables, launches and the wrapping backend are tested where there is no GPU
+// emulated_gpu.cpp: a runtime (qcache_gpu_i) that takes ggml's CPU device for a GPU and emulates our kernels on it, those of
+// CUDA or those of Metal, so that kernels, tables, launches and the wrapping backend are tested where there is no GPU
+
+#include "emulated_gpu.h"
 
 #include "gpu/gpu-ops.h"
 #include "gpu/kernels.h"
+#include "metal/metal-kernels.h"
+#include "metal_emulation.h"
 #include "qcache-impl.h"
 #include "simt_emulation.h"
 
@@ -57,9 +61,15 @@ void * workspace(void * ctx, size_t size) {
     return work.data();
 }
 
-bool launch(void * ctx, const qcache_gpu_launch & l, const void * args) {
+bool was_entered(void * ctx) {
     if (!((emulated *) ctx)->entered) {
         qcache_fail(QCACHE_STATUS_INTERNAL, "launched outside enter and leave");
+    }
+    return ((emulated *) ctx)->entered;
+}
+
+bool launch(void * ctx, const qcache_gpu_launch & l, const void * args) {
+    if (!was_entered(ctx)) {
         return false;
     }
     try {
@@ -72,6 +82,7 @@ bool launch(void * ctx, const qcache_gpu_launch & l, const void * args) {
         switch (l.kernel) {
             case QCACHE_GPU_APPEND: return emulate(qg_append_kernel());
             case QCACHE_GPU_MERGE: return emulate(qg_merge_kernel());
+            case QCACHE_GPU_V_LIMITS: return emulate(qg_v_limits_kernel());
             case QCACHE_GPU_DECODE: return qg_dispatch_decode(l, emulate);
             case QCACHE_GPU_PREFILL: return qg_dispatch_prefill(l, emulate);
         }
@@ -82,13 +93,38 @@ bool launch(void * ctx, const qcache_gpu_launch & l, const void * args) {
     }
 }
 
+bool launch_metal(void * ctx, const qcache_gpu_launch & l, const void * args) {
+    if (!was_entered(ctx)) {
+        return false;
+    }
+    const qcache_metal_kernel kernel = qcache_metal_kernel_for(l, args);
+    std::map<int, int>        constants;
+    for (int i = 0; i < QCACHE_METAL_N_CONSTANTS; i++) {
+        constants[i] = kernel.constants[i];
+    }
+    std::string error = "there is no function for the launch";
+    if (kernel.name == nullptr ||
+        !metal_emulate(kernel.name, constants, l.grid, kernel.threads, kernel.threadgroup_bytes, args, kernel.args_bytes, error)) {
+        qcache_fail(QCACHE_STATUS_INTERNAL, "emulated Metal kernel: %s", error.c_str());
+        return false;
+    }
+    return true;
+}
+
 bool synchronize(void *) {
     return true;
 }
 
-const qcache_gpu_i runtime = { "emulated", init, free_, enter, leave, upload, workspace, launch, synchronize };
+qcache_gpu_i runtime = { "emulated", QG_TILE_ROWS, qg_prefill_shared, init, free_, enter, leave, upload, workspace, launch, synchronize };
 
 } // namespace
+
+void qcache_emulated_gpu_use(bool metal) {
+    runtime.name           = metal ? "metal-emulated" : "emulated";
+    runtime.tile_rows      = metal ? QCACHE_METAL_TILE_ROWS : QG_TILE_ROWS;
+    runtime.prefill_shared = metal ? qcache_metal_prefill_shared : qg_prefill_shared;
+    runtime.launch         = metal ? launch_metal : launch;
+}
 
 const qcache_gpu_i * qcache_gpu_for(ggml_backend_device * device) {
     return ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU ? &runtime : nullptr;

@@ -4,6 +4,7 @@
 // they have to write before they write it.
 
 #include "cpu/attn-kernels.h"
+#include "emulated_gpu.h"
 #include "qcache-backend.h"
 #include "qcache-composed.h"
 #include "qcache-impl.h"
@@ -208,7 +209,9 @@ HARNESS_API int32_t harness_run(harness * h, harness_step * hs, const harness_la
                                 const char * kernel_name, int32_t n_threads, int32_t n_runs) {
     const std::string name     = kernel_name;
     const bool        composed = name == "composed";
-    const bool        gpu      = name == "gpu"; // emulated, through the backend that wraps ggml's CPU device
+    const bool        metal    = name == "metal";
+    const bool        gpu      = name == "gpu" || metal; // emulated, through the backend that wraps ggml's CPU device
+    qcache_emulated_gpu_use(metal);
 
     std::vector<std::vector<qcache_attn_block>> seq_blocks(hs->n_seqs);
     for (int32_t i = 0; i < hs->n_blocks; i++) {
