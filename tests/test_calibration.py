@@ -217,7 +217,7 @@ def test_pairs_use_every_image_before_any_again() -> None:
 
 @pytest.mark.parametrize("mode", ["visual", "global"])
 def test_plans_meet_the_budget_and_loss_is_best(mode: str) -> None:
-    with load(lazy_layers="none") as llm:
+    with load(lazy_layers="none", n_seq_max=9) as llm:
         settings = {metric: CalibrationSettings(metric=metric, mode=mode, **SETTINGS) for metric in ("js", "output", "loss")}
         measured = measure(llm, settings["js"])
         chosen = {metric: calibrate(llm, settings[metric], measured) for metric in settings}
@@ -234,7 +234,7 @@ def test_plans_meet_the_budget_and_loss_is_best(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["visual", "global"])
 def test_mixed_plans_meet_the_budget_and_cost_no_more_than_lazy_ones(mode: str) -> None:
-    with load(lazy_layers="none") as llm:
+    with load(lazy_layers="none", n_seq_max=9) as llm:
         settings = {
             (metric, drops): CalibrationSettings(metric=metric, mode=mode, drop_attention=drops, **SETTINGS)
             for metric in ("output", "loss") for drops in (False, True)
@@ -258,7 +258,7 @@ def test_mixed_plans_meet_the_budget_and_cost_no_more_than_lazy_ones(mode: str) 
 
 def test_saved_bytes_are_those_of_the_cache() -> None:
     leaders = leaders_of([2, 3, 5, 7], N_LAYER, [0, 6])
-    with load(lazy_layers="none") as llm:
+    with load(lazy_layers="none", n_seq_max=9) as llm:
         measured = measure(llm, CalibrationSettings(**SETTINGS))
         runner = Runner(llm, "visual")
         kept = full = 0

@@ -143,7 +143,7 @@ def test_main_directions_are_those_of_most_variance() -> None:
 @pytest.fixture(scope="module")
 def llm() -> Llama:
     """The tiny model with every layer full."""
-    with load(lazy_layers="none") as loaded:
+    with load(lazy_layers="none", n_seq_max=9) as loaded:
         yield loaded
 
 
@@ -213,7 +213,7 @@ def test_alignment_undoes_a_permutation(tmp_path: Path) -> None:
     for name in ("ffn_down", "attn_output"):
         new[f"blk.2.{name}.weight"] = 0 * weights[f"blk.2.{name}.weight"]  # so that layer 3 sees what layer 2 saw
     rewrite_gguf(files.plain, tmp_path / "m.gguf", tensors=new)
-    with load(str(tmp_path / "m.gguf"), lazy_layers="none") as llm:
+    with load(str(tmp_path / "m.gguf"), lazy_layers="none", n_seq_max=9) as llm:
         for mode in ("visual", "global"):
             measured = measure(llm, CalibrationSettings(mode=mode, **SETTINGS))
             made = correct(llm, leaders_of([3], N_LAYER), measured.samples, mode, align_heads=True)
