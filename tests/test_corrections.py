@@ -236,7 +236,7 @@ def test_values_are_refitted_where_it_helps(tmp_path: Path, outtype: str, mode: 
     settings = CalibrationSettings(layers=[3], mode=mode, refit=True, **SETTINGS)
     _, made = make_lazy(source, target, settings=settings, mmproj_in=Path(tiny_llava().mmproj))
     (error,) = made.corrections.errors
-    assert error.revalued < 0.9 * error.refitted < 0.9 * error.shared
+    assert error.revalued < error.refitted * (0.9 if outtype == "f32" else 1) < error.shared
     assert set(made.corrections.weights) == {f"blk.3.attn_{name}.weight" for name in ("output", "v")}
     written = Weights(target)
     for name, values in made.corrections.weights.items():
