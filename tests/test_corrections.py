@@ -162,7 +162,7 @@ def test_each_correction_alone_and_all_together(llm: Llama, mode: str) -> None:
             assert [step is not None for step in steps[1:]] == [name in wanted for name in ("align_heads", "vis_bias", "refit")]
             assert (error.revalued is not None) == (error.refitted is not None)
             if error.refitted is not None:
-                assert error.revalued <= error.refitted == pytest.approx(error.refitted) and error.last == error.revalued
+                assert error.revalued <= error.refitted and error.last == error.revalued
                 assert error.refitted <= [step for step in steps[:3] if step is not None][-1] * (1 + 1e-6)
         changed = {name.split(".", 2)[2] for name in made.weights}
         if wanted == ("refit",):
@@ -243,6 +243,18 @@ def test_values_are_refitted_where_it_helps(tmp_path: Path, outtype: str, mode: 
         np.testing.assert_array_equal(written[name], values)
     with load(str(target)) as lazy:
         assert Runner(lazy, mode).kl(made.leaders, made.measured) == pytest.approx(made.logits_kl, rel=1e-4, abs=1e-7)
+
+
+def test_values_are_refitted_along_few_directions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ggml_qcache_convert.calibration.correct.MOST_FEATURES", 0)  # as for a wide model: head_dim of them
+    with load(str(permuted_layer(tmp_path / "m.gguf")), lazy_layers="none") as llm:
+        measured = measure(llm, CalibrationSettings(mode="global", **SETTINGS))
+        made = correct(llm, leaders_of([3], N_LAYER), measured.samples, "global", refit=True)
+        (error,) = made.errors
+        assert error.revalued < error.refitted < error.shared
+        change = made.weights["blk.3.attn_v.weight"] - Weights.of(llm.native_model)["blk.3.attn_v.weight"]
+        head_dim = llm.native_model.info.head_dim
+        assert np.linalg.matrix_rank(change, tol=1e-5) == head_dim < min(change.shape)
 
 
 def test_settings_and_samples_refused(llm: Llama) -> None:
