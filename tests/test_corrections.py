@@ -162,11 +162,12 @@ def test_each_correction_alone_and_all_together(llm: Llama, mode: str) -> None:
             assert [step is not None for step in steps[1:]] == [name in wanted for name in ("align_heads", "vis_bias", "refit")]
             assert (error.revalued is not None) == (error.refitted is not None)
             if error.refitted is not None:
-                assert error.revalued <= error.refitted == pytest.approx(error.refitted) and error.last == error.revalued
+                assert error.revalued <= error.refitted and error.last == error.revalued
                 assert error.refitted <= [step for step in steps[:3] if step is not None][-1] * (1 + 1e-6)
         changed = {name.split(".", 2)[2] for name in made.weights}
         if wanted == ("refit",):
-            assert changed == {"attn_output.weight", "attn_v.weight"}
+            # on random weights six samples hardly tell a better W_v: it may be left alone
+            assert changed - {"attn_v.weight"} == {"attn_output.weight"}
             assert sum(error.refitted for error in made.errors) < 0.9 * sum(error.shared for error in made.errors)
         if wanted == ("vis_bias",):
             assert not changed and made.vis_bias[[1, 3, 4, 5, 7]].any(1).all() and not made.vis_bias[[0, 2, 6]].any()
@@ -197,8 +198,10 @@ def test_dropped_layers_are_left_alone_and_made_up_for(llm: Llama, mode: str) ->
     assert runner.kl(leaders, measured) == before
 
 
-def test_alignment_undoes_a_permutation(tmp_path: Path) -> None:
-    # layer 3 is a copy of layer 2 with its heads in another order: lazy and aligned it is itself again, but for its input
+def permuted_layer(path: Path) -> Path:
+    """The tiny model with layer 3 a copy of layer 2, its heads in another order; both see the same, so that it is lazy at no loss
+    but for the order.
+    """
     files = tiny_llava()
     weights = Weights(files.plain)
     head_dim = weights["blk.2.attn_q.weight"].shape[0] // 4  # 4 heads, 2 keys
@@ -212,14 +215,46 @@ def test_alignment_undoes_a_permutation(tmp_path: Path) -> None:
     new["blk.3.attn_norm.weight"] = weights["blk.2.attn_norm.weight"]
     for name in ("ffn_down", "attn_output"):
         new[f"blk.2.{name}.weight"] = 0 * weights[f"blk.2.{name}.weight"]  # so that layer 3 sees what layer 2 saw
-    rewrite_gguf(files.plain, tmp_path / "m.gguf", tensors=new)
-    with load(str(tmp_path / "m.gguf"), lazy_layers="none", n_seq_max=9) as llm:
-        for mode in ("visual", "global"):
-            measured = measure(llm, CalibrationSettings(mode=mode, **SETTINGS))
-            made = correct(llm, leaders_of([3], N_LAYER), measured.samples, mode, align_heads=True)
-            (error,) = made.errors
-            assert error.shared > 1e-3
-            assert error.aligned < 1e-6
+    rewrite_gguf(files.plain, path, tensors=new)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["visual", "global"])
+def test_alignment_undoes_a_permutation(tmp_path: Path, mode: str) -> None:
+    with load(str(permuted_layer(tmp_path / "m.gguf")), lazy_layers="none", n_seq_max=9) as llm:
+        measured = measure(llm, CalibrationSettings(mode=mode, **SETTINGS))
+        (error,) = correct(llm, leaders_of([3], N_LAYER), measured.samples, mode, align_heads=True).errors
+        assert error.shared > 1e-3
+        assert error.aligned < 1e-6
+
+
+@pytest.mark.parametrize(("outtype", "mode"), [("f32", "global"), ("q4_0", "visual"), ("q5_k_m", "global")])
+def test_values_are_refitted_where_it_helps(tmp_path: Path, outtype: str, mode: str) -> None:
+    # W_o can't give a head the values of another key, W_v can
+    source, target = tmp_path / "plain.gguf", tmp_path / "lazy.gguf"
+    make_lazy(permuted_layer(tmp_path / "m.gguf"), source, outtype=outtype)
+    settings = CalibrationSettings(layers=[3], mode=mode, refit=True, **SETTINGS)
+    _, made = make_lazy(source, target, settings=settings, mmproj_in=Path(tiny_llava().mmproj))
+    (error,) = made.corrections.errors
+    assert error.revalued < error.refitted * (0.9 if outtype == "f32" else 1) < error.shared
+    assert set(made.corrections.weights) == {f"blk.3.attn_{name}.weight" for name in ("output", "v")}
+    written = Weights(target)
+    for name, values in made.corrections.weights.items():
+        np.testing.assert_array_equal(written[name], values)
+    with load(str(target)) as lazy:
+        assert Runner(lazy, mode).kl(made.leaders, made.measured) == pytest.approx(made.logits_kl, rel=1e-4, abs=1e-7)
+
+
+def test_values_are_refitted_along_few_directions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ggml_qcache_convert.calibration.correct.MOST_FEATURES", 0)  # as for a wide model: head_dim of them
+    with load(str(permuted_layer(tmp_path / "m.gguf")), lazy_layers="none", n_seq_max=9) as llm:
+        measured = measure(llm, CalibrationSettings(mode="global", **SETTINGS))
+        made = correct(llm, leaders_of([3], N_LAYER), measured.samples, "global", refit=True)
+        (error,) = made.errors
+        assert error.revalued < error.refitted < error.shared
+        change = made.weights["blk.3.attn_v.weight"] - Weights.of(llm.native_model)["blk.3.attn_v.weight"]
+        head_dim = llm.native_model.info.head_dim
+        assert np.linalg.matrix_rank(change, tol=1e-5) == head_dim < min(change.shape)
 
 
 def test_settings_and_samples_refused(llm: Llama) -> None:

@@ -337,10 +337,11 @@ class _Corrector:
             The mean squared error before and after.
         """
         name = f"blk.{layer}.attn_v.weight"
-        befores, lefts, weights = zip(*((before, left, w) for _, before, left, w in self.rows(layer)))
+        inputs, lefts, weights = zip(*((before, left, w) for _, before, left, w in self.rows(layer)))
         error = sum(float(np.sum(left**2 * w[:, None])) for left, w in zip(lefts, weights)) / sum(map(len, lefts))
         n_most = max(MOST_FEATURES // (self.n_head * self.head_dim), 1) * self.head_dim
-        directions = self.file.rounded(name, main_directions(befores, self.file[f"blk.{layer}.attn_norm.weight"], n_most))
+        directions = self.file.rounded(name, main_directions(inputs, self.file[f"blk.{layer}.attn_norm.weight"], n_most))
+        del inputs
         ridge = ValueRidge(self.weight(layer, "attn_output.weight"), self.n_head, self.n_head_kv, len(directions))
         for features, left, w in zip(self.value_features(layer, directions), lefts, weights):
             ridge.add(features, left, w)
