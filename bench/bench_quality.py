@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from ggml_qcache import Llama
 from ggml_qcache_convert import convert
+from ggml_qcache_convert.calibration import N_SEQ_MAX
 from machine import commit, machine, versions
 from quality_plans import make_plans
 from quality_runs import Answers, Plan, Test, make_prompts, run_plan
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, mmproj = Path(folder) / "model.gguf", Path(folder) / "mmproj.gguf"
         convert(args.model, model, mmproj, outtype=args.outtype)
         with contextlib.closing(
-            Llama(str(model), mmproj_path=str(mmproj), n_ctx=1024, lazy_layers="none", verbose=False)
+            Llama(str(model), mmproj_path=str(mmproj), n_ctx=1024, n_seq_max=N_SEQ_MAX, lazy_layers="none", verbose=False)
         ) as llm:
             prompts = list(tqdm(make_prompts(llm, tests), desc="pictures", total=args.scenes, unit="scene"))
             untouched = run_plan(llm, Plan("none"), tests, prompts, None, args.threads)

@@ -34,7 +34,8 @@ class Calibrator:
             rng = random.Random(seed)
             prompts += [pair[0] for pair in (ask(scene, task, rng) for task in TASKS) if pair]
         self._llm = llm
-        self._kept = {"images": folder, "n_samples": n_samples, "prompts": sorted(set(prompts)), "n_answer": 96}
+        # as often as they are asked: of all different questions, hardly one is for a caption
+        self._kept = {"images": folder, "n_samples": n_samples, "prompts": sorted(prompts), "n_answer": 96}
         self._measured: dict[str, Measured] = {}
         self.n_layer: int = llm.native_model.info.n_layer
 

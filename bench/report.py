@@ -65,8 +65,9 @@ def calibration(result: dict[str, Any]) -> str:
         f"Worked out for {result['n_layer']} layers and {result['images']} images from models with {layers} layers. {result['machine']['cpu']}, "
         f"{result['machine']['cores']} cores. Commit {result['commit']}; `{result['command']}`. Load at the start {result['machine']['load'][0]}."
     )
-    columns = ("answers, minutes", "measuring layers", "corrections", "all", "peak memory over weights")
-    cells = [*(f"{minutes[part]:.1f}" for part in ("decode", "measure", "correct")), f"{sum(minutes.values()):.1f}", f"{result['peak_over_model']:.2f}"]
+    columns = ("answers, minutes", "measuring layers", "checking the plan", "all", "corrections", "peak memory over weights")
+    parts = [minutes[part] for part in ("answer", "measure", "check")]
+    cells = [*(f"{part:.1f}" for part in (*parts, sum(parts), minutes["correct"])), f"{result['peak_over_model']:.2f}"]
     return "\n".join([facts, "", *table(columns, [cells])])
 
 

@@ -162,7 +162,7 @@ def test_calibration_benchmark(tmp_path, capsys):
     assert bench_calibration.main([*arguments, "--json", str(path)]) == 0
     result = json.loads(path.read_text())
     assert [row["measure"] > 0 for row in result["rows"]] == [True] * 3 and result["n_layer"] == 32
-    assert set(result["minutes"]) == {"decode", "measure", "correct"}
+    assert set(result["minutes"]) == {"answer", "measure", "check", "correct"}
     assert "32 layers, 16 images" in capsys.readouterr().out
     assert report.main([str(path)]) == 0
     assert "for 32 layers and 16 images from models with 2, 3, 4 layers" in capsys.readouterr().out

@@ -81,6 +81,24 @@ def test_descent_ends_where_no_swap_helps() -> None:
     assert by_descent([0, 0, 0, 0], loss)[0] == [0, 0, 0, 0]  # nothing to swap
 
 
+def test_descent_takes_no_step_that_other_samples_refuse() -> None:
+    start, target = [0, 0, 0, 3, 4, 5], [0, 1, 1, 3, 3, 5]
+
+    def loss(leaders: list[int], _to_beat: float) -> float:
+        return float(sum(a != b for a, b in zip(leaders, target)))
+
+    asked: list[float] = []
+
+    def check(leaders: list[int], to_beat: float) -> float:  # lower where layer 1 is lazy
+        asked.append(to_beat)
+        return 1.0 if leaders[1] == 1 else loss(leaders, to_beat) / 100
+
+    found, _ = by_descent(start, loss, check=check)
+    assert found[1] == 0 and check(found, 0.0) < check(start, 0.0)
+    assert loss(target, 0.0) < loss(found, 0.0) < loss(start, 0.0)  # there was something to find, and something to refuse
+    assert asked[0] == np.inf and (np.diff(asked[:-2]) <= 0).all()
+
+
 def test_descent_with_dropped_layers() -> None:
     target = [0, -1, 2, 3, 3, -1]
 
@@ -199,7 +217,7 @@ def test_pairs_use_every_image_before_any_again() -> None:
 
 @pytest.mark.parametrize("mode", ["visual", "global"])
 def test_plans_meet_the_budget_and_loss_is_best(mode: str) -> None:
-    with load(lazy_layers="none") as llm:
+    with load(lazy_layers="none", n_seq_max=9) as llm:
         settings = {metric: CalibrationSettings(metric=metric, mode=mode, **SETTINGS) for metric in ("js", "output", "loss")}
         measured = measure(llm, settings["js"])
         chosen = {metric: calibrate(llm, settings[metric], measured) for metric in settings}
@@ -216,7 +234,7 @@ def test_plans_meet_the_budget_and_loss_is_best(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["visual", "global"])
 def test_mixed_plans_meet_the_budget_and_cost_no_more_than_lazy_ones(mode: str) -> None:
-    with load(lazy_layers="none") as llm:
+    with load(lazy_layers="none", n_seq_max=9) as llm:
         settings = {
             (metric, drops): CalibrationSettings(metric=metric, mode=mode, drop_attention=drops, **SETTINGS)
             for metric in ("output", "loss") for drops in (False, True)
@@ -240,7 +258,7 @@ def test_mixed_plans_meet_the_budget_and_cost_no_more_than_lazy_ones(mode: str) 
 
 def test_saved_bytes_are_those_of_the_cache() -> None:
     leaders = leaders_of([2, 3, 5, 7], N_LAYER, [0, 6])
-    with load(lazy_layers="none") as llm:
+    with load(lazy_layers="none", n_seq_max=9) as llm:
         measured = measure(llm, CalibrationSettings(**SETTINGS))
         runner = Runner(llm, "visual")
         kept = full = 0

@@ -17,7 +17,8 @@ from ggml_qcache_convert import leaders_of
 from ggml_qcache_convert.calibration import CalibrationSettings, calibrate, measure
 from ggml_qcache_convert.calibration.attention import softmax
 from ggml_qcache_convert.calibration.runner import Runner
-from ggml_qcache_convert.calibration.correct import LARGEST_BIAS, Ridge, correct, head_order, matching_bias
+from ggml_qcache_convert.calibration.correct import LARGEST_BIAS, correct, head_order, matching_bias
+from ggml_qcache_convert.calibration.refit import Ridge, ValueRidge, conjugate_gradients, main_directions
 from ggml_qcache_convert.calibration.weights import Weights
 from ggml_qcache_convert.cli import main
 from ggml_qcache_convert.make_lazy import make_lazy
@@ -77,10 +78,72 @@ def test_ridge_finds_the_solution_and_its_error() -> None:
     assert np.abs(noise.solve()).max() < 0.3
 
 
+@pytest.mark.parametrize(("n_head", "n_head_kv"), [(1, 1), (3, 3), (4, 2), (3, 1)])
+def test_value_ridge_is_the_optimum(n_head: int, n_head_kv: int) -> None:
+    # against least squares in float64 on the outer products, laid out
+    rng = np.random.default_rng(5)
+    head_dim, n_embd, n, n_group = 3, 7, 5, n_head // n_head_kv
+    w_o = rng.normal(size=(n_embd, n_head * head_dim)).astype(np.float32)
+    true = rng.normal(size=(n_head_kv, head_dim, n))
+
+    def effect(change: np.ndarray, features: np.ndarray) -> np.ndarray:
+        values = np.stack([features[:, h] @ change[h // n_group].T for h in range(n_head)], axis=1)
+        return values.reshape(len(features), -1) @ w_o.astype(float).T
+
+    ridge, fs, ys = ValueRidge(w_o, n_head, n_head_kv, n), [], []
+    for i in range(8):
+        f, w = rng.normal(size=(30, n_head, n)).astype(np.float32), rng.uniform(0.1, 2.0, 30)
+        y = effect(true, f) + 0.1 * rng.normal(size=(30, n_embd))
+        ridge.add(f, y, w)
+        fs, ys = [*fs, f * np.sqrt(w)[:, None, None]], [*ys, y * np.sqrt(w)[:, None]]
+    for parts, chosen in ((slice(None), range(8)), (slice(0, 1), [0, 1, 2, 4, 5, 6]), (slice(1, 2), [3, 7])):
+        f, y = (np.concatenate([all_of[i] for i in chosen]) for all_of in (fs, ys))
+        columns = np.stack([effect(unit.reshape(true.shape), f).ravel() for unit in np.eye(true.size)], axis=1)
+        assert ridge.error(parts=parts) == pytest.approx((y**2).sum())
+        change = ridge.solve_with(1e-3, parts)
+        assert ridge.error(change, parts) == pytest.approx(((y - effect(change, f)) ** 2).sum(), rel=1e-6)
+        # the ridge by its definition: a share of the mean eigenvalue, of the heads' equations apart
+        outer = [sum(w_o[:, h * head_dim : (h + 1) * head_dim].astype(float).T @ w_o[:, h * head_dim : (h + 1) * head_dim] for h in heads)
+                 for heads in np.arange(n_head).reshape(n_head_kv, n_group)]  # fmt: skip
+        inner = [np.mean([f[:, h].T @ f[:, h] for h in heads], axis=0) for heads in np.arange(n_head).reshape(n_head_kv, n_group)]
+        shrink = 1e-3 * np.mean([np.trace(a) * np.trace(b) / (head_dim * n) for a, b in zip(outer, inner)])
+        gradient = columns.T @ (columns @ change.ravel() - y.ravel()) + shrink * change.ravel()
+        assert np.abs(gradient).max() < 1e-4 * np.abs(columns.T @ y.ravel()).max()
+        best = np.linalg.solve(columns.T @ columns + shrink * np.eye(true.size), columns.T @ y.ravel())
+        np.testing.assert_allclose(change.ravel(), best, atol=1e-3)
+    np.testing.assert_allclose(ridge.solve(), true, atol=0.15)
+    noise = ValueRidge(w_o, n_head, n_head_kv, n)
+    for _ in range(8):
+        noise.add(rng.normal(size=(9, n_head, n)), rng.normal(size=(9, n_embd)), np.ones(9))
+    assert noise.solve() is None or np.abs(noise.solve()).max() < 0.3
+
+
+def test_conjugate_gradients_solve() -> None:
+    rng = np.random.default_rng(6)
+    root = rng.normal(size=(20, 20))
+    matrix, right = root @ root.T + np.eye(20), rng.normal(size=20)
+    for preconditioner in (lambda r: r, lambda r: r / np.diag(matrix)):
+        solved = conjugate_gradients(lambda x: matrix @ x, right, preconditioner)
+        np.testing.assert_allclose(matrix @ solved, right, atol=1e-4)
+    np.testing.assert_array_equal(conjugate_gradients(lambda x: matrix @ x, 0 * right, lambda r: r), 0 * right)
+
+
+def test_main_directions_are_those_of_most_variance() -> None:
+    rng = np.random.default_rng(7)
+    norm = rng.uniform(0.5, 2.0, 40).astype(np.float32)
+    basis = np.linalg.qr(rng.normal(size=(40, 40)))[0]
+    scales = np.array([10.0] * 4 + [0.01] * 36)
+    streams = [(rng.normal(size=(50, 40)) * scales @ basis.T / norm).astype(np.float32) for _ in range(3)]
+    found = main_directions(streams, norm, 4)
+    np.testing.assert_allclose(found @ found.T, np.eye(4), atol=1e-5)
+    np.testing.assert_allclose(found @ basis[:, :4] @ basis[:, :4].T, found, atol=1e-2)
+    np.testing.assert_array_equal(main_directions(streams, norm, 64), np.eye(40))
+
+
 @pytest.fixture(scope="module")
 def llm() -> Llama:
     """The tiny model with every layer full."""
-    with load(lazy_layers="none") as loaded:
+    with load(lazy_layers="none", n_seq_max=9) as loaded:
         yield loaded
 
 
@@ -97,11 +160,14 @@ def test_each_correction_alone_and_all_together(llm: Llama, mode: str) -> None:
         for error in made.errors:
             steps = [error.shared, error.aligned, error.biased, error.refitted]
             assert [step is not None for step in steps[1:]] == [name in wanted for name in ("align_heads", "vis_bias", "refit")]
+            assert (error.revalued is not None) == (error.refitted is not None)
             if error.refitted is not None:
+                assert error.revalued <= error.refitted and error.last == error.revalued
                 assert error.refitted <= [step for step in steps[:3] if step is not None][-1] * (1 + 1e-6)
         changed = {name.split(".", 2)[2] for name in made.weights}
         if wanted == ("refit",):
-            assert changed == {"attn_output.weight"}
+            # on random weights six samples hardly tell a better W_v: it may be left alone
+            assert changed - {"attn_v.weight"} == {"attn_output.weight"}
             assert sum(error.refitted for error in made.errors) < 0.9 * sum(error.shared for error in made.errors)
         if wanted == ("vis_bias",):
             assert not changed and made.vis_bias[[1, 3, 4, 5, 7]].any(1).all() and not made.vis_bias[[0, 2, 6]].any()
@@ -132,8 +198,10 @@ def test_dropped_layers_are_left_alone_and_made_up_for(llm: Llama, mode: str) ->
     assert runner.kl(leaders, measured) == before
 
 
-def test_alignment_undoes_a_permutation(tmp_path: Path) -> None:
-    # layer 3 is a copy of layer 2 with its heads in another order: lazy and aligned it is itself again, but for its input
+def permuted_layer(path: Path) -> Path:
+    """The tiny model with layer 3 a copy of layer 2, its heads in another order; both see the same, so that it is lazy at no loss
+    but for the order.
+    """
     files = tiny_llava()
     weights = Weights(files.plain)
     head_dim = weights["blk.2.attn_q.weight"].shape[0] // 4  # 4 heads, 2 keys
@@ -147,14 +215,46 @@ def test_alignment_undoes_a_permutation(tmp_path: Path) -> None:
     new["blk.3.attn_norm.weight"] = weights["blk.2.attn_norm.weight"]
     for name in ("ffn_down", "attn_output"):
         new[f"blk.2.{name}.weight"] = 0 * weights[f"blk.2.{name}.weight"]  # so that layer 3 sees what layer 2 saw
-    rewrite_gguf(files.plain, tmp_path / "m.gguf", tensors=new)
-    with load(str(tmp_path / "m.gguf"), lazy_layers="none") as llm:
-        for mode in ("visual", "global"):
-            measured = measure(llm, CalibrationSettings(mode=mode, **SETTINGS))
-            made = correct(llm, leaders_of([3], N_LAYER), measured.samples, mode, align_heads=True)
-            (error,) = made.errors
-            assert error.shared > 1e-3
-            assert error.aligned < 1e-6
+    rewrite_gguf(files.plain, path, tensors=new)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["visual", "global"])
+def test_alignment_undoes_a_permutation(tmp_path: Path, mode: str) -> None:
+    with load(str(permuted_layer(tmp_path / "m.gguf")), lazy_layers="none", n_seq_max=9) as llm:
+        measured = measure(llm, CalibrationSettings(mode=mode, **SETTINGS))
+        (error,) = correct(llm, leaders_of([3], N_LAYER), measured.samples, mode, align_heads=True).errors
+        assert error.shared > 1e-3
+        assert error.aligned < 1e-6
+
+
+@pytest.mark.parametrize(("outtype", "mode"), [("f32", "global"), ("q4_0", "visual"), ("q5_k_m", "global")])
+def test_values_are_refitted_where_it_helps(tmp_path: Path, outtype: str, mode: str) -> None:
+    # W_o can't give a head the values of another key, W_v can
+    source, target = tmp_path / "plain.gguf", tmp_path / "lazy.gguf"
+    make_lazy(permuted_layer(tmp_path / "m.gguf"), source, outtype=outtype)
+    settings = CalibrationSettings(layers=[3], mode=mode, refit=True, **SETTINGS)
+    _, made = make_lazy(source, target, settings=settings, mmproj_in=Path(tiny_llava().mmproj))
+    (error,) = made.corrections.errors
+    assert error.revalued < error.refitted * (0.9 if outtype == "f32" else 1) < error.shared
+    assert set(made.corrections.weights) == {f"blk.3.attn_{name}.weight" for name in ("output", "v")}
+    written = Weights(target)
+    for name, values in made.corrections.weights.items():
+        np.testing.assert_array_equal(written[name], values)
+    with load(str(target)) as lazy:
+        assert Runner(lazy, mode).kl(made.leaders, made.measured) == pytest.approx(made.logits_kl, rel=1e-4, abs=1e-7)
+
+
+def test_values_are_refitted_along_few_directions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ggml_qcache_convert.calibration.correct.MOST_FEATURES", 0)  # as for a wide model: head_dim of them
+    with load(str(permuted_layer(tmp_path / "m.gguf")), lazy_layers="none", n_seq_max=9) as llm:
+        measured = measure(llm, CalibrationSettings(mode="global", **SETTINGS))
+        made = correct(llm, leaders_of([3], N_LAYER), measured.samples, "global", refit=True)
+        (error,) = made.errors
+        assert error.revalued < error.refitted < error.shared
+        change = made.weights["blk.3.attn_v.weight"] - Weights.of(llm.native_model)["blk.3.attn_v.weight"]
+        head_dim = llm.native_model.info.head_dim
+        assert np.linalg.matrix_rank(change, tol=1e-5) == head_dim < min(change.shape)
 
 
 def test_settings_and_samples_refused(llm: Llama) -> None:

@@ -243,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     both.add_argument("--report", type=Path, metavar="FILE", help="show what was found as .html or .png")
     both.add_argument("--align-heads", action="store_true", help="permute a lazy layer's heads to those of its leader")
     both.add_argument("--vis-bias", action="store_true", help="visual mode: balance text rows' attention to images by a bias a head")
-    both.add_argument("--refit", action="store_true", help="refit the output matrices of lazy layers by ridge regression")
+    both.add_argument("--refit", action="store_true", help="refit W_o of lazy layers by ridge regression, and W_v where it helps")
     both.add_argument("--calibration-samples", type=int, metavar="N", help="pairs of image and prompt (default: 16)")
     both.add_argument("--calibration-prompts", type=Path, metavar="FILE", help="prompts, one a line (default: general ones)")
     both.add_argument("--seed", type=int, help="seed of the choice of pairs and rows (default: 0)")

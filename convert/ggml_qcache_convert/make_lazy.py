@@ -8,7 +8,7 @@ from pathlib import Path
 from gguf import GGUFWriter
 from tqdm import tqdm
 
-from .calibration import Calibration, CalibrationSettings, calibrate
+from .calibration import N_SEQ_MAX, Calibration, CalibrationSettings, calibrate
 from .conversion import ConversionResult, check_targets, convert
 from .errors import ConversionError
 from .gguf_copy import architecture, copy_with_keys, n_layers, open_text_gguf
@@ -148,7 +148,7 @@ def _calibrated(model: Path, mmproj: Path, settings: CalibrationSettings, progre
     except ImportError as error:
         raise ConversionError(f"calibration runs the model, and the runtime can't be imported: {error}") from error
 
-    with contextlib.closing(Llama(str(model), mmproj_path=str(mmproj), lazy_layers="none", n_ctx=0)) as llm:
+    with contextlib.closing(Llama(str(model), mmproj_path=str(mmproj), lazy_layers="none", n_ctx=0, n_seq_max=N_SEQ_MAX)) as llm:
         return calibrate(llm, settings, progress=progress)
 
 

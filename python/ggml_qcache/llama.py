@@ -53,6 +53,7 @@ class Llama(base.Llama):
         n_ctx: int = 512,
         n_batch: int = 512,
         n_ubatch: int = 512,
+        n_seq_max: int = 1,
         n_threads: Optional[int] = None,
         n_threads_batch: Optional[int] = None,
         seed: int = llama_c.LLAMA_DEFAULT_SEED,
@@ -91,6 +92,7 @@ class Llama(base.Llama):
             n_ctx: Most tokens of prompt and answer, 0: as the model was trained.
             n_batch: Most prompt tokens evaluated by one call of the native library.
             n_ubatch: Most prompt tokens computed at once.
+            n_seq_max: Sequences of ``native_context``. This class uses sequence 0; calibration needs others beside it.
             n_threads: Threads to generate with, None: all cores.
             n_threads_batch: Threads to evaluate prompts with, None: all cores.
             seed: Seed of the samplers.
@@ -140,6 +142,7 @@ class Llama(base.Llama):
                 main_gpu,
                 n_ctx=n_ctx,
                 n_ubatch=min(n_batch, n_ubatch),
+                n_seq_max=n_seq_max,
                 n_threads=n_threads or 0,
                 n_threads_batch=n_threads_batch or 0,
                 type_k="f16" if type_k is None else type_k,
@@ -269,6 +272,11 @@ class Llama(base.Llama):
     def native_model(self) -> native.Model:
         """The loaded weights, for contexts of one's own; they close with this object."""
         return self._native_model
+
+    @property
+    def native_context(self) -> native.Context:
+        """The KV cache and sequences; what is evaluated lies in sequence 0. It closes with this object."""
+        return self._context
 
     def n_embd(self) -> int:
         """Width of the embeddings."""

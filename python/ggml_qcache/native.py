@@ -328,6 +328,7 @@ class Context:
         self.model = model
         model._contexts.add(self)
         self.n_ctx: int = lib.qcache_n_ctx(self._handle)
+        self.n_seq_max = n_seq_max
         self.attn_name: str = ffi.string(lib.qcache_attn_name(self._handle)).decode()
         leader = ffi.new("int32_t[]", model.info.n_layer)
         self.lazy_mode: str = _LAZY_MODE_NAMES[lib.qcache_get_lazy(self._handle, leader)]

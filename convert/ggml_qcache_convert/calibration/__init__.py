@@ -2,10 +2,12 @@
 
 from .calibrate import METRICS, Calibration, CalibrationSettings, Measured, calibrate, measure
 from .correct import Corrections
+from .looking import N_SEQ_MAX
 from .report import check_report, write_report
 
 __all__ = [
     "METRICS",
+    "N_SEQ_MAX",
     "Calibration",
     "CalibrationSettings",
     "Corrections",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +13,19 @@ from tqdm import tqdm
 from ..errors import ConversionError
 from ..lazy_keys import MODES
 from ..lazy_layers import NO_ATTENTION, dropped_of, lazy_of, leaders_of
-from .attention import js_divergence, length_keeping, sharing_errors, softmax
-from .correct import Corrections, correct, scores_of
+from .attention import js_divergence, length_keeping, log_softmax, sharing_errors, softmax
+from .correct import Corrections, correct
+from .looking import look
 from .runner import Runner
 from .samples import PROMPTS, Sample, choose_pairs, find_images, make_samples
 from .select import by_cost, by_descent, by_divergence, by_threshold, neighbours
 
 if TYPE_CHECKING:
     from ggml_qcache import Llama
+    from ggml_qcache.native import Context
 
 METRICS = ("js", "output", "loss")
+N_CHECKED = 4  # samples that are computed once more with the plan: it takes as long as asking the model about them
 _LENGTHS = 512  # dimensions that stand for the residual stream of wide models; over a sample's rows the error is a percent or so
 _MOST_LAYERS = 1 << 16  # to read a specification before the model is there
 
@@ -42,7 +45,7 @@ class CalibrationSettings:
         threshold: Instead of a budget, with ``js``: the divergence in nats below which a layer is lazy.
         align_heads: Permute a lazy layer's heads to those of its leader.
         vis_bias: Add a bias to visual keys' logits in rows of text, with ``visual``.
-        refit: Refit W_o of lazy layers.
+        refit: Refit W_o of lazy layers, and W_v where it helps.
         n_samples: Image and prompt pairs.
         prompts: What is asked.
         n_answer: Longest answer in tokens.
@@ -142,6 +145,10 @@ class Measured:
         """``[n_layer]``, each layer's divergence from the one before; 0 for layer 0."""
         return np.concatenate([[0.0], np.diagonal(self.pair_divergence, 1)])
 
+    def part(self, numbers: Sequence[int]) -> "Measured":
+        """With some of the samples only; the means stay those of all."""
+        return replace(self, samples=[self.samples[i] for i in numbers], log_probs=[self.log_probs[i] for i in numbers])
+
     def errors_of(self, leaders: Sequence[int]) -> npt.NDArray[np.float64]:
         """``[n_layer]``: what a lazy layer's leader or a dropped layer's lack of attention costs; 0 for a full layer."""
         at = np.arange(len(leaders))
@@ -168,7 +175,8 @@ class Calibration:
         settings: What was asked for.
         measured: What it rests on.
         kv_saved: Share of KV bytes saved on the samples, counted in blocks.
-        logits_kl: KL divergence of the final logits over answer rows from the untouched model's, nats; mean over rows.
+        logits_kl: KL divergence of the final logits from the untouched model's, nats; mean over the answer rows of the first
+            ``N_CHECKED`` samples.
         threshold: With ``js``, the divergence in nats below which layers are lazy.
         corrections: What was corrected, or None.
         uncorrected_kl: ``logits_kl`` without the corrections.
@@ -188,7 +196,7 @@ def measure(llm: "Llama", settings: CalibrationSettings, progress: bool = False,
     """Runs the samples through the untouched model.
 
     Args:
-        llm: The model with its mmproj, loaded with ``lazy_layers="none"``.
+        llm: The model with its mmproj, loaded with ``lazy_layers="none"`` and ``n_seq_max`` of 2 or more, best ``N_SEQ_MAX``.
         settings: What to run.
         progress: Show a progress bar on stderr.
         n_threads: Threads to compute with, 0: all cores.
@@ -203,51 +211,42 @@ def measure(llm: "Llama", settings: CalibrationSettings, progress: bool = False,
         raise ConversionError("there are no calibration images")
     pairs = choose_pairs(images, settings.prompts, settings.n_samples, settings.seed)
     made = make_samples(llm, pairs, settings.n_answer, settings.n_other_rows, settings.seed)
-    return measure_samples(llm, made, len(pairs), settings, progress, n_threads)
+    runner = Runner(llm, settings.mode, n_threads)
+    return measure_samples(runner, llm.native_context, made, len(pairs), settings, progress)
 
 
 def measure_samples(
-    llm: "Llama", made: Iterable[Sample], n_samples: int, settings: CalibrationSettings, progress: bool = False, n_threads: int = 0
+    runner: Runner, context: "Context", made: Iterable[Sample], n_samples: int, settings: CalibrationSettings, progress: bool = False
 ) -> Measured:
-    """``measure`` on samples that are there already, or come one by one; ``n_samples`` of them."""
-    runner = Runner(llm, settings.mode, n_threads)
+    """``measure`` on ``n_samples`` samples that come one by one, each in sequence 0 of the context when it comes."""
     n_layer, weights = runner.n_layer, runner.weights
     samples: list[Sample] = []
     log_probs: list[npt.NDArray[np.float32]] = []
     divergence, errors, dropped = np.zeros((n_layer, n_layer)), np.zeros((n_layer, n_layer)), np.zeros(n_layer)
     # every pair of layers is compared: with W_o itself that would take longer than running the samples
-    shorter = length_keeping(llm.native_model.info.n_embd, _LENGTHS, settings.seed)
+    shorter = length_keeping(context.model.info.n_embd, _LENGTHS, settings.seed)
     names = [f"blk.{layer}.attn_output" for layer in range(n_layer)]
     projections: list[tuple[Any, Any]] = [
         (shorter @ weights[f"{name}.weight"], shorter @ weights[f"{name}.bias"] if f"{name}.bias" in weights else 0.0) for name in names
     ]
-    with runner.context(None) as context:
-        for sample in tqdm(made, total=n_samples, desc="calibrating", unit="sample", disable=not progress):
-            context.capture_start("scores", "hidden")
-            runner.decode(context, sample, sample.rows)
-            last = [softmax(context.captured("scores", layer)) for layer in range(n_layer)]
-            for layer in range(1, n_layer):
-                divergence[layer, :layer] += [js_divergence(p, last[layer]).mean() for p in last[:layer]]
-
-            def before(layer: int) -> npt.NDArray[np.float32]:
-                if layer == 0:
-                    return runner.inputs(sample) @ shorter.T
-                return np.stack([context.captured("hidden", layer - 1, int(row)) for row in sample.rows]) @ shorter.T
-
-            found = sharing_errors(
-                lambda layer: scores_of(context, layer, sample),
-                context.seq_v,
-                projections.__getitem__,
-                before,
-                sample.visual[sample.rows],
-                sample.visual,
-                settings.mode,
-                n_layer,
-            )
-            errors, dropped = errors + found[0], dropped + found[1]
-            log_probs.append(runner.answer_log_probs(context, sample))
-            samples.append(sample)
-            context.capture_stop()
+    for sample in tqdm(made, total=n_samples, desc="calibrating", unit="sample", disable=not progress):
+        looked = look(context, sample)
+        last = [softmax(of_layer[-1]) for of_layer in looked.scores]
+        for layer in range(1, n_layer):
+            divergence[layer, :layer] += [js_divergence(p, last[layer]).mean() for p in last[:layer]]
+        found = sharing_errors(
+            looked.scores.__getitem__,
+            context.seq_v,
+            projections.__getitem__,
+            lambda layer: (runner.inputs(sample) if layer == 0 else looked.hidden[layer - 1]) @ shorter.T,
+            sample.visual[sample.rows],
+            sample.visual,
+            settings.mode,
+            n_layer,
+        )
+        errors, dropped = errors + found[0], dropped + found[1]
+        log_probs.append(log_softmax(looked.logits[sample.answer_rows]))
+        samples.append(sample)
     divergence += divergence.T
     return Measured(samples, divergence / len(samples), errors / len(samples), dropped / len(samples), log_probs)
 
@@ -291,7 +290,8 @@ def calibrate(
         else:
             leaders = _by_loss(runner, settings, measured, budget, progress)
     kv_saved = runner.kv_saved(leaders, measured.samples)
-    kl = uncorrected_kl = runner.kl(leaders, measured)
+    checked = measured.part(range(min(N_CHECKED, len(measured.samples))))
+    kl = uncorrected_kl = runner.kl(leaders, checked)
     corrections = None
     if settings.corrects:
         corrections = correct(
@@ -299,7 +299,7 @@ def calibrate(
             **dict.fromkeys(settings.corrections, True),
         )  # fmt: skip
         with runner.weights.replaced(llm.native_model, corrections.weights):
-            kl = runner.kl(leaders, measured, vis_bias=corrections.vis_bias)
+            kl = runner.kl(leaders, checked, vis_bias=corrections.vis_bias)
     return Calibration(leaders, settings, measured, kv_saved, kl, threshold, corrections, uncorrected_kl)
 
 
@@ -351,7 +351,10 @@ def _by_output(settings: CalibrationSettings, measured: Measured, budget: _Budge
 def _by_loss(
     runner: Runner, settings: CalibrationSettings, measured: Measured, budget: _Budget, progress: bool
 ) -> list[int]:
-    """Descends from the best of the other metrics' plans; each step is measured on the final logits."""
+    """Descends from the best of the other metrics' plans; each step is measured on the final logits.
+
+    One sample in four only checks the steps that the others would take.
+    """
     starts = _by_output(settings, measured, budget)
     if not settings.drop_attention:
         starts.append(by_divergence(measured.js_divergence, budget.n_lazy()))
@@ -361,10 +364,12 @@ def _by_loss(
             start, least = plan, kl
     # one round of steps; further rounds follow only after an improvement
     n_steps = sum(1 for _ in neighbours(start, settings.drop_attention))
+    numbers = range(len(measured.samples))
+    used, others = ([i for i in numbers if (i % 4 == 1) == other] for other in (False, True))
     with tqdm(total=1 + n_steps, desc="trying plans", unit="plan", disable=not progress) as bar:
 
         def loss(leaders: Sequence[int], to_beat: float) -> float:
-            value = runner.kl(leaders, measured, to_beat)
+            value = runner.kl(leaders, measured.part(used), to_beat)
             bar.total = max(bar.total, bar.n + 1)
             bar.update()
             return value
@@ -372,4 +377,7 @@ def _by_loss(
         def allowed(leaders: Sequence[int]) -> bool:
             return budget.met(len(lazy_of(leaders)), len(dropped_of(leaders)))
 
-        return by_descent(start, loss, allowed, settings.drop_attention)[0]
+        def check(leaders: Sequence[int], to_beat: float) -> float:
+            return runner.kl(leaders, measured.part(others), to_beat)
+
+        return by_descent(start, loss, allowed, settings.drop_attention, check if others else None)[0]

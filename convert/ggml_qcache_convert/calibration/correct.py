@@ -1,11 +1,11 @@
-"""Brings lazy layers nearer to what they were: heads aligned with the leader's, a bias on visual keys, W_o refitted.
+"""Brings lazy layers nearer to what they were: heads aligned with the leader's, a bias on visual keys, W_o and W_v refitted.
 
 The layers are corrected from the first to the last, each on the inputs that it will see once those before it are lazy and
 corrected. One Lazy Block is computed at a time, on the residual streams that entered it: all blocks together cost a few
 prefills of the samples, whatever the depth of the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..lazy_layers import lazy_of
 from .attention import shared_scores, softmax
+from .refit import Ridge, ValueRidge, main_directions
 from .runner import Runner
 from .samples import Sample
 from .weights import Weights
@@ -25,15 +26,16 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float32]
 
-RIDGES = tuple(10.0**e for e in range(-5, 2))  # tried, times the mean eigenvalue
 LARGEST_BIAS = 10.0  # of a visual key's logit, either way
+MOST_FEATURES = 4096  # of all heads together, to refit W_v on; their Gram matrix is kept in memory
 
 
 @dataclass(frozen=True)
 class LayerError:
     """Relative squared error of the residual stream after a lazy layer's attention, as each correction left it.
 
-    None where a correction wasn't made.
+    None where a correction wasn't made. ``refitted`` is with W_o refitted, ``revalued`` with W_v as well; the two are the same
+    where that didn't help.
     """
 
     layer: int
@@ -41,11 +43,12 @@ class LayerError:
     aligned: float | None = None
     biased: float | None = None
     refitted: float | None = None
+    revalued: float | None = None
 
     @property
     def last(self) -> float:
         """The error in the end."""
-        return next(error for error in (self.refitted, self.biased, self.aligned, self.shared) if error is not None)
+        return next(error for error in (self.revalued, self.refitted, self.biased, self.aligned, self.shared) if error is not None)
 
 
 @dataclass(frozen=True)
@@ -156,51 +159,6 @@ def matching_bias(
     return (low + high) / 2
 
 
-class Ridge:
-    """Least squares of residuals on inputs, kept as sums, in two parts: one sample in four decides how much to shrink."""
-
-    def __init__(self, n_in: int, n_out: int) -> None:
-        self._gram = np.zeros((2, n_in, n_in))
-        self._cross = np.zeros((2, n_in, n_out))
-        self._power = np.zeros(2)
-        self._n_rows = 0
-        self._n_samples = 0
-
-    def add(self, inputs: Array, residuals: Array, weights: npt.NDArray[np.float64]) -> None:
-        """Adds a sample's rows: ``[n, n_in]``, ``[n, n_out]``, and how much each counts."""
-        scale = np.sqrt(weights)[:, None]
-        x, y = inputs * scale, residuals * scale
-        part = int(self._n_samples % 4 == 3)
-        self._gram[part] += x.T @ x
-        self._cross[part] += x.T @ y
-        self._power[part] += np.sum(y**2)
-        self._n_rows += len(x)
-        self._n_samples += 1
-
-    def error(self, solution: npt.NDArray[np.float64] | None = None, parts: slice = slice(None)) -> float:
-        """Mean squared error with ``residuals = inputs @ solution``; None: with nothing solved."""
-        if solution is None:
-            return float(self._power[parts].sum()) / self._n_rows
-        gram, cross = self._gram[parts].sum(0), self._cross[parts].sum(0)
-        return float(self._power[parts].sum() - 2 * np.sum(solution * cross) + np.sum(solution * (gram @ solution))) / self._n_rows
-
-    def solve(self) -> npt.NDArray[np.float64]:
-        """``[n_in, n_out]``; zero where nothing lowers the error of the held-out rows."""
-        values, vectors = np.linalg.eigh(self._gram[0])
-        rotated = vectors.T @ self._cross[0]
-        held_out = slice(1, 2)
-        best, best_error = None, self.error(parts=held_out)
-        for ridge in RIDGES:
-            error = self.error(vectors @ (rotated / (values + ridge * values.mean())[:, None]), held_out)
-            if error < best_error:
-                best, best_error = ridge, error
-        if best is None:
-            return np.zeros_like(rotated)
-        gram = self._gram.sum(0)
-        gram[np.diag_indices_from(gram)] += best * np.trace(gram) / len(gram)
-        return np.linalg.solve(gram, self._cross.sum(0))
-
-
 class _Corrector:
     """Corrects layer by layer; ``weights`` and ``vis_bias`` grow."""
 
@@ -273,11 +231,11 @@ class _Corrector:
                 out.append(self.streams.captured(context, "hidden", last, len(sample.tokens)))
         self.lazy = out
 
-    def residuals(self, layer: int, fits: bool) -> tuple[float, Ridge | None]:
-        """What the lazy layer's attention leaves undone: the mean squared error, and with ``fits`` the sums that a refit needs."""
+    def rows(self, layer: int) -> Iterator[tuple[Array, Array, Array, npt.NDArray[np.float64]]]:
+        """By sample: the lazy layer's attention output, the residual stream that it adds to, what it leaves undone, and how much
+        each row counts.
+        """
         w_o = self.weight(layer, "attn_output.weight")
-        ridge = Ridge(w_o.shape[1], w_o.shape[0]) if fits else None
-        power, n_rows = 0.0, 0
         with self.streams.context(self.leaders[layer], layer, self.leaders, self.vis_bias) as context:
             for i, sample in enumerate(self.samples):
                 self.streams.run(context, sample, None if self.lazy is None else self.lazy[i], None, "attn", "hidden")
@@ -287,12 +245,39 @@ class _Corrector:
                 target = self.targets[layer][i]
                 # the next norm divides by the row's size: relative errors count
                 weights = 1 / np.maximum(np.sum(target.astype(np.float64) ** 2, -1), np.finfo(np.float32).tiny)
-                left = target - before - attn @ w_o.T - self.output_bias(layer)
-                power += float(np.sum(left**2 * weights[:, None]))
-                n_rows += len(left)
-                if ridge is not None:
-                    ridge.add(attn, left, weights)
+                yield attn, before, target - before - attn @ w_o.T - self.output_bias(layer), weights
+
+    def residuals(self, layer: int, fits: bool) -> tuple[float, Ridge | None]:
+        """What the lazy layer's attention leaves undone: the mean squared error, and with ``fits`` the sums that a refit needs."""
+        n_out, n_in = self.weight(layer, "attn_output.weight").shape
+        ridge = Ridge(n_in, n_out) if fits else None
+        power, n_rows = 0.0, 0
+        for attn, _, left, weights in self.rows(layer):
+            power += float(np.sum(left**2 * weights[:, None]))
+            n_rows += len(left)
+            if ridge is not None:
+                ridge.add(attn, left, weights)
         return power / n_rows, ridge
+
+    def value_features(self, layer: int, directions: Array) -> list[Array]:
+        """By sample, ``[n, n_head, n_directions]``: the layer's inputs along directions ``[n_directions, n_embd]``, under its attention.
+
+        The layer computes them itself, with the directions in the place of W_v: its attention is never laid out.
+        """
+        name, parts = f"blk.{layer}.attn_v", []
+        bias = 0.0 if f"{name}.bias" not in self.file else np.repeat(
+            self.weight(layer, "attn_v.bias").reshape(self.n_head_kv, self.head_dim), self.n_head // self.n_head_kv, axis=0
+        )
+        try:
+            for first in range(0, len(directions), self.head_dim):
+                chunk = np.zeros((self.head_dim, directions.shape[1]), np.float32)
+                chunk[: len(directions) - first] = directions[first : first + self.head_dim]
+                self.model.set_weight(f"{name}.weight", np.tile(chunk, (self.n_head_kv, 1)))
+                shape = (-1, self.n_head, self.head_dim)
+                parts.append([attn.reshape(shape) - bias for attn, *_ in self.rows(layer)])
+        finally:
+            self.model.set_weight(f"{name}.weight", self.weight(layer, "attn_v.weight"))
+        return [np.concatenate(features, axis=-1)[..., : len(directions)] for features in zip(*parts)]
 
     def align(self, layer: int) -> None:
         """Moves each head to the place where the leader's attention serves it best."""
@@ -345,6 +330,33 @@ class _Corrector:
         if ridge.error((rounded - w_o).T.astype(np.float64)) < ridge.error():
             self.set_weight(layer, "attn_output.weight", rounded)
 
+    def refit_values(self, layer: int) -> tuple[float, float]:
+        """W_v likewise, with W_o as it is now; kept when samples that it wasn't fitted to say so, and rounding leaves a gain.
+
+        Returns:
+            The mean squared error before and after.
+        """
+        name = f"blk.{layer}.attn_v.weight"
+        inputs, lefts, weights = zip(*((before, left, w) for _, before, left, w in self.rows(layer)))
+        error = sum(float(np.sum(left**2 * w[:, None])) for left, w in zip(lefts, weights)) / sum(map(len, lefts))
+        n_most = max(MOST_FEATURES // (self.n_head * self.head_dim), 1) * self.head_dim
+        directions = self.file.rounded(name, main_directions(inputs, self.file[f"blk.{layer}.attn_norm.weight"], n_most))
+        del inputs
+        ridge = ValueRidge(self.weight(layer, "attn_output.weight"), self.n_head, self.n_head_kv, len(directions))
+        for features, left, w in zip(self.value_features(layer, directions), lefts, weights):
+            ridge.add(features, left, w)
+        change = ridge.solve()
+        if change is None:
+            return error, error
+        old, others = self.weight(layer, "attn_v.weight"), dict(self.weights)
+        self.set_weight(layer, "attn_v.weight", old + (change.reshape(len(old), -1) @ directions).astype(np.float32))
+        after, _ = self.residuals(layer, False)
+        if after < error:
+            return error, after
+        self.model.set_weight(name, old)
+        self.weights = others
+        return error, error
+
 
 def correct(
     llm: "Llama",
@@ -367,7 +379,7 @@ def correct(
         mode: ``visual`` or ``global``.
         align_heads: Permute a lazy layer's heads, so that each gets the leader's attention that serves it best.
         vis_bias: Match each head's mean attention mass on visual keys in rows of text; ``visual`` mode only.
-        refit: Refit W_o to the residual stream of the untouched model.
+        refit: Refit W_o to the residual stream of the untouched model, then W_v where that helps.
         progress: Show a progress bar on stderr.
         n_threads: Threads to compute with, 0: all cores.
 
@@ -409,5 +421,5 @@ def _correct_layer(corrector: _Corrector, layer: int, align_heads: bool, vis_bia
         found[name], ridge = corrector.residuals(layer, refit and i == len(steps) - 1)
     if ridge is not None:
         corrector.refit(layer, ridge)
-        found["refitted"], _ = corrector.residuals(layer, False)
+        found["refitted"], found["revalued"] = corrector.refit_values(layer)
     return LayerError(layer, **found)

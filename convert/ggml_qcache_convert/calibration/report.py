@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .calibrate import Calibration
 
 SUFFIXES = (".html", ".png")
-STEPS = ("shared", "aligned", "biased", "refitted")
+STEPS = ("shared", "aligned", "biased", "refitted", "revalued")
 
 
 def check_report(path: Path) -> None:
@@ -151,7 +151,7 @@ def _page(chosen: Calibration, name: str, picture: bytes) -> str:
         f'<table>{rows}</table><img alt="divergence by pair of layers, error by layer, KV bytes" src="data:image/png;base64,{image}">'
         f"<table><tr>{head}</tr>{body}</table><p>Errors are relative and squared, of the residual stream after the layer's attention. "
         "If dropped, and alone: in the untouched model, at rows of text and some visual ones. Shared and later: over all rows, with all lazy layers "
-        "before it, and after each correction.</p></html>\n"
+        "before it, and after each correction; refitted: W_o, revalued: W_v too.</p></html>\n"
     )
 
 

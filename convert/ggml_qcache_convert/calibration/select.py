@@ -95,19 +95,23 @@ def by_descent(
     loss: Callable[[Sequence[int], float], float],
     allowed: Callable[[Sequence[int]], bool] = lambda _: True,
     drops: bool = False,
+    check: Callable[[Sequence[int], float], float] | None = None,
 ) -> tuple[list[int], float]:
-    """Improves a plan by the steps of ``neighbours`` as long as one lowers the loss by a percent or more.
+    """Improves a plan by the steps of ``neighbours`` as long as one lowers the loss by a percent or more, and that of the check as well.
 
     Args:
         start: ``[n_layer]`` leaders to start from.
         loss: The loss of leaders, given the loss to beat; it may stop and return anything that isn't lower.
         allowed: Whether leaders save enough; swaps alone always save the same.
         drops: Whether layers may lose their attention.
+        check: As ``loss``, on other samples: hundreds of steps are tried, and the best on a few samples may be so by chance. The
+            plan that is found is never worse than the start there.
 
     Returns:
         ``[n_layer]`` leaders that are allowed, and their loss.
     """
     best, best_loss = list(start), loss(start, np.inf)
+    checked = np.inf if check is None else check(start, np.inf)
     seen = {tuple(best)}
     improved = True
     while improved:
@@ -118,9 +122,15 @@ def by_descent(
             seen.add(tuple(tried))
             to_beat = (1 - GAIN) * best_loss
             tried_loss = loss(tried, to_beat)
-            if tried_loss < to_beat:
-                best, best_loss, improved = tried, tried_loss, True
-                break
+            if tried_loss >= to_beat:
+                continue
+            if check is not None:
+                tried_check = check(tried, checked)
+                if tried_check >= checked:
+                    continue
+                checked = tried_check
+            best, best_loss, improved = tried, tried_loss, True
+            break
     return best, best_loss
 
 
