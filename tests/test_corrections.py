@@ -16,6 +16,7 @@ from ggml_qcache.inspection import inspect_file
 from ggml_qcache_convert import leaders_of
 from ggml_qcache_convert.calibration import CalibrationSettings, calibrate, measure
 from ggml_qcache_convert.calibration.attention import softmax
+from ggml_qcache_convert.calibration.calibrate import N_CHECKED
 from ggml_qcache_convert.calibration.runner import Runner
 from ggml_qcache_convert.calibration.correct import LARGEST_BIAS, correct, head_order, matching_bias
 from ggml_qcache_convert.calibration.refit import Ridge, ValueRidge, conjugate_gradients, main_directions
@@ -151,11 +152,11 @@ def llm() -> Llama:
 def test_each_correction_alone_and_all_together(llm: Llama, mode: str) -> None:
     measured = measure(llm, CalibrationSettings(mode=mode, **SETTINGS))
     runner = Runner(llm, mode)
-    before = runner.kl(LEADERS, measured)
+    before = runner.kl(LEADERS, measured.part(range(N_CHECKED)))
     weights = Weights(llm.model_path)
     for wanted in [(name,) for name in ALL[mode]] + [ALL[mode]]:
         made = correct(llm, LEADERS, measured.samples, mode, **dict.fromkeys(wanted, True))
-        assert runner.kl(LEADERS, measured) == before  # the model is as it was
+        assert runner.kl(LEADERS, measured.part(range(N_CHECKED))) == before  # the model is as it was
         assert [error.layer for error in made.errors] == [1, 3, 4, 5, 7]
         for error in made.errors:
             steps = [error.shared, error.aligned, error.biased, error.refitted]
@@ -242,7 +243,7 @@ def test_values_are_refitted_where_it_helps(tmp_path: Path, outtype: str, mode: 
     for name, values in made.corrections.weights.items():
         np.testing.assert_array_equal(written[name], values)
     with load(str(target)) as lazy:
-        assert Runner(lazy, mode).kl(made.leaders, made.measured) == pytest.approx(made.logits_kl, rel=1e-4, abs=1e-7)
+        assert Runner(lazy, mode).kl(made.leaders, made.measured.part(range(N_CHECKED))) == pytest.approx(made.logits_kl, rel=1e-4, abs=1e-7)
 
 
 def test_values_are_refitted_along_few_directions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +283,7 @@ def test_what_is_written_is_what_was_measured(tmp_path: Path, outtype: str, mode
         if mode == "visual" or "attn_q" not in name and "attn_k" not in name:
             np.testing.assert_array_equal(written[name], values)
     with load(str(target)) as lazy:
-        assert Runner(lazy, mode).kl(LEADERS, made.measured) == pytest.approx(made.logits_kl, rel=1e-4, abs=1e-7)
+        assert Runner(lazy, mode).kl(LEADERS, made.measured.part(range(N_CHECKED))) == pytest.approx(made.logits_kl, rel=1e-4, abs=1e-7)
     keys = keys_of(target)
     assert keys["qcache.calibration.metric"] == "given" and keys["qcache.calibration.corrections"] == ",".join(ALL[mode])
     assert keys["qcache.calibration.logits_kl_uncorrected"] == np.float32(made.uncorrected_kl)
@@ -359,6 +360,6 @@ def test_one_step_equals_its_parts(llm: Llama) -> None:
     for name, values in made.weights.items():
         np.testing.assert_array_equal(chosen.corrections.weights[name], values)
     runner = Runner(llm, "visual")
-    assert chosen.uncorrected_kl == runner.kl(LEADERS, measured)
+    assert chosen.uncorrected_kl == runner.kl(LEADERS, measured.part(range(N_CHECKED)))
     with Weights(llm.model_path).replaced(llm.native_model, made.weights):
-        assert chosen.logits_kl == runner.kl(LEADERS, measured)
+        assert chosen.logits_kl == runner.kl(LEADERS, measured.part(range(N_CHECKED)))
