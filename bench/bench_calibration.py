@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,8 @@ from make_model import PRESETS, make_model
 
 _QUIET = llama_cpp.llama_log_callback(lambda level, text, data: None)
 N_VISUAL, N_ANSWER, N_TEXT = 576, 32, 40
-DEGREES = {"answer": 1, "measure": 2, "check": 1, "correct": 1, "correct_once": 1, "peak_bytes": 1}
+N_CORRECTED = 4  # samples that corrections are made on, the least that a refit takes
+DEGREES = {"answer": 1, "measure": 2, "check": 1, "correct": 1, "peak_bytes": 1}
 
 
 def make_sample(model: Model, rng: np.random.Generator) -> Sample:
@@ -50,7 +52,7 @@ def make_sample(model: Model, rng: np.random.Generator) -> Sample:
     return Sample(tokens, embeddings, visual, rows, rows >= first)
 
 
-def run(path: Path, n_samples: int, threads: int, queue: Any) -> None:
+def run(path: Path, n_samples: int, threads: int, corrects: bool) -> dict[str, float]:
     """Times one model, in a process of its own so that the peak is its own."""
     llama_cpp.llama_log_set(_QUIET, None)
     rng = np.random.default_rng(0)
@@ -81,16 +83,13 @@ def run(path: Path, n_samples: int, threads: int, queue: Any) -> None:
         started = time.monotonic()
         runner.kl(leaders, measured.part([0]))
         result["check"] = time.monotonic() - started
-        # what doesn't grow with the samples (the matrices of every layer) is told from what does
-        seconds = []
-        for n in (1, 3):
+        if corrects:
             started = time.monotonic()
-            correct(llm, leaders, (samples * 3)[:n], settings.mode, align_heads=True, vis_bias=True, refit=True, n_threads=threads)
-            seconds.append(time.monotonic() - started)
-        result["correct"] = (seconds[1] - seconds[0]) / 2
-        result["correct_once"] = seconds[0] - result["correct"]
+            four = (samples * N_CORRECTED)[:N_CORRECTED]
+            correct(llm, leaders, four, settings.mode, align_heads=True, vis_bias=True, refit=True, n_threads=threads)
+            result["correct"] = time.monotonic() - started
     result["peak_bytes"] = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    queue.put(result)
+    return result
 
 
 def extrapolated(layers: Sequence[int], values: Sequence[float], degree: int, n_layer: int) -> float:
@@ -105,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--type", default="q4_0", help="weight type")
     p.add_argument("--layers", default="4,8,12", help="numbers of layers, three or more")
     p.add_argument("--samples", type=int, default=2, help="samples timed")
+    p.add_argument("--correct", action="store_true", help="time all corrections too, on four samples: many minutes")
     p.add_argument("--images", type=int, default=16, help="images to extrapolate to")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--shrink", type=int, default=1, help="as make_model, for tests")
@@ -118,29 +118,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         for n in layers:
             path = Path(folder) / f"{n}.gguf"
             make_model(args.preset, path, n_layer=n, weight_type=args.type, shrink=args.shrink)
-            context = multiprocessing.get_context("spawn")
-            queue = context.Queue()
-            process = context.Process(target=run, args=(path, args.samples, args.threads, queue))
-            process.start()
-            rows.append(queue.get())
-            process.join()
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                rows.append(pool.submit(run, path, args.samples, args.threads, args.correct).result())
             path.unlink()
             print(f"{n} layers: " + ", ".join(f"{name} {value:.3g}" for name, value in rows[-1].items()), flush=True)
-    at = {name: extrapolated(layers, [row[name] for row in rows], degree, n_layer) for name, degree in DEGREES.items()}
+    at = {name: extrapolated(layers, [row[name] for row in rows], degree, n_layer) for name, degree in DEGREES.items() if name in rows[0]}
     model_bytes = extrapolated(layers, [row["model_bytes"] for row in rows], 1, n_layer)
     minutes = {
         "answer": args.images * at["answer"] / 60,
         "measure": args.images * at["measure"] / 60,
         "check": min(args.images, N_CHECKED) * at["check"] / 60,
-        "correct": (args.images * at["correct"] + at["correct_once"]) / 60,
     }
+    if args.correct:
+        minutes["correct"] = at["correct"] / 60
     result |= {
         "layers": layers, "rows": rows, "n_layer": n_layer, "images": args.images, "minutes": minutes,
         "peak_over_model": at["peak_bytes"] / model_bytes,
     }  # fmt: skip
     print(
         f"{args.preset}, {n_layer} layers, {args.images} images: answers {minutes['answer']:.1f} min, measuring {minutes['measure']:.1f} min, "
-        f"checking the plan {minutes['check']:.1f} min, corrections {minutes['correct']:.1f} min; peak {at['peak_bytes'] / 1e9:.1f} GB, {result['peak_over_model']:.2f} of the weights"
+        f"checking the plan {minutes['check']:.1f} min; peak {at['peak_bytes'] / 1e9:.1f} GB, {result['peak_over_model']:.2f} of the weights"
+        + (f"; corrections on {N_CORRECTED} samples {minutes['correct']:.1f} min" if args.correct else "")
     )
     if args.json:
         write_result(result, args.json)

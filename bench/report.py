@@ -65,9 +65,11 @@ def calibration(result: dict[str, Any]) -> str:
         f"Worked out for {result['n_layer']} layers and {result['images']} images from models with {layers} layers. {result['machine']['cpu']}, "
         f"{result['machine']['cores']} cores. Commit {result['commit']}; `{result['command']}`. Load at the start {result['machine']['load'][0]}."
     )
-    columns = ("answers, minutes", "measuring layers", "checking the plan", "all", "corrections", "peak memory over weights")
+    columns = ("answers, minutes", "measuring layers", "checking the plan", "all", "peak memory over weights")
     parts = [minutes[part] for part in ("answer", "measure", "check")]
-    cells = [*(f"{part:.1f}" for part in (*parts, sum(parts), minutes["correct"])), f"{result['peak_over_model']:.2f}"]
+    cells = [*(f"{part:.1f}" for part in (*parts, sum(parts))), f"{result['peak_over_model']:.2f}"]
+    if "correct" in minutes:
+        columns, cells = (*columns, "all corrections, 4 images"), [*cells, f"{minutes['correct']:.1f}"]
     return "\n".join([facts, "", *table(columns, [cells])])
 
 

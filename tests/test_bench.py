@@ -158,7 +158,7 @@ def test_report(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> 
 
 def test_calibration_benchmark(tmp_path, capsys):
     path = tmp_path / "calibration.json"
-    arguments = ["--preset", "llava-1.5-7b", "--shrink", "32", "--layers", "2,3,4", "--samples", "1", "--threads", "1"]
+    arguments = ["--preset", "llava-1.5-7b", "--shrink", "32", "--layers", "2,3,4", "--samples", "1", "--threads", "1", "--correct"]
     assert bench_calibration.main([*arguments, "--json", str(path)]) == 0
     result = json.loads(path.read_text())
     assert [row["measure"] > 0 for row in result["rows"]] == [True] * 3 and result["n_layer"] == 32
