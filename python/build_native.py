@@ -1,7 +1,8 @@
 """Writes the C source of the extension module ``ggml_qcache._native`` (cffi, API mode).
 
 CMake runs it at build time. Every declaration comes from ``qcache.h`` itself, so the module can't disagree with the
-header; what cffi gets wrong about a layout or a signature fails when the C compiler sees both.
+header; what cffi gets wrong about a layout or a signature fails when the C compiler sees both. One loop over the vocabulary
+is added, for which NumPy takes several.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ from pathlib import Path
 import cffi
 
 MODULE = "ggml_qcache._native"
+
+# what llama.cpp's samplers take; candidates.py checks the layout against llama_cpp's
+CANDIDATES = """
+struct candidate { int32_t id; float logit; float p; };
+"""
+FILL_CANDIDATES = "void fill_candidates(struct candidate * out, const float * logits, int32_t n)"
 
 
 def declarations(header: str) -> str:
@@ -57,8 +64,9 @@ def main() -> None:
     args = parser.parse_args()
 
     ffi = cffi.FFI()
-    ffi.cdef(declarations(args.header.read_text(encoding="utf-8")))
-    ffi.set_source(MODULE, f'#include "{args.header.name}"')
+    ffi.cdef(declarations(args.header.read_text(encoding="utf-8")) + CANDIDATES + FILL_CANDIDATES + ";")
+    body = "for (int32_t i = 0; i < n; i++) { out[i].id = i; out[i].logit = logits[i]; out[i].p = 0.0f; }"
+    ffi.set_source(MODULE, f'#include "{args.header.name}"\n{CANDIDATES}static {FILL_CANDIDATES} {{ {body} }}')
     args.out.parent.mkdir(parents=True, exist_ok=True)
     ffi.emit_c_code(str(args.out))
 

@@ -28,6 +28,7 @@ from llama_cpp._logger import set_verbose
 
 from . import native
 from .base_context import BaseContext, Closed
+from .candidates import Candidates
 from .chat import LLAVA_TEMPLATE, ChatTemplate, MediaPrompt, has_images
 from .errors import ModelError, QCacheError, UnsupportedError
 from .images import MAX_BYTES, MAX_PIXELS, ImageLoader
@@ -215,7 +216,7 @@ class Llama(base.Llama):
         self.cache: Optional[base.BaseLlamaCache] = None
         self.draft_model = None
         self._sampler: Optional[internals.LlamaSampler] = None
-        self._candidates = internals.LlamaTokenDataArray(n_vocab=self._n_vocab)
+        self._candidates = Candidates(self._n_vocab)
         self._token_nl, self._token_eos = self.token_nl(), self.token_eos()
         self.n_tokens = 0
         self._requires_eval = True
@@ -560,9 +561,8 @@ class Llama(base.Llama):
         started = time.perf_counter()
         sampler = self._sampler or self._init_sampler(*args, **sampling)
         row = (self.n_tokens - 1 if idx is None else idx) if self._logits_all else 0
-        self._candidates.copy_logits(self.scores[row])
+        self._candidates.load(self.scores[row])
         candidates = self._candidates.candidates
-        candidates.selected = -1
         llama_c.llama_sampler_apply(sampler.sampler, ctypes.byref(candidates))
         if candidates.selected < 0:
             raise QCacheError("the sampler chain selected no token")
