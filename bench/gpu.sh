@@ -40,17 +40,21 @@ if wanted build; then
     fi
     start=$SECONDS
     export CUDAFLAGS="${CUDAFLAGS:---split-compile=0}" # dozens of kernels in a file
-    "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --upgrade --target "$SITE" .
+    "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --upgrade --target "$SITE" \
+        --config-settings=build-dir=build/gpu --config-settings=cmake.define.QCACHE_BUILD_TESTS=ON .
     echo "built in $((SECONDS - start)) s"
     "$PYTHON" -c "from llama_cpp import llama_cpp as c; assert c.llama_supports_gpu_offload(), 'this llama.cpp has no GPU'"
 fi
 
 if wanted check; then
+    # the operation in the GPU's own memory, against NumPy
+    export QCACHE_TEST_BUILD=build/gpu
+    QCACHE_OP_DEVICE=1 timeout 120 "$PYTHON" -m pytest -q --tb=short tests/test_gpu_op.py 2>&1 | tee "$OUT/gpu-op.log" | tail -n 30 || status=1
     # logits, sequences, states, partial offload and answers about images, against the CPU path
     NVIDIA_TF32_OVERRIDE=0 timeout 240 "$PYTHON" -m pytest -q --tb=short tests/gpu_backend.py 2>&1 | tee "$OUT/gpu-check.log" | tail -n 60 || status=1
     if command -v compute-sanitizer >/dev/null; then
-        timeout 180 compute-sanitizer --error-exitcode 7 --target-processes all "$PYTHON" -m pytest -q tests/gpu_backend.py \
-            -k "test_logits and f16 and llama or test_sequences and llama" >"$OUT/gpu-sanitizer.log" 2>&1 &&
+        QCACHE_OP_DEVICE=1 timeout 180 compute-sanitizer --error-exitcode 7 --target-processes all "$PYTHON" -m pytest -q \
+            tests/test_gpu_op.py -k "test_types_and_modes or test_v_" >"$OUT/gpu-sanitizer.log" 2>&1 &&
             echo "compute-sanitizer: no error" || echo "compute-sanitizer: see $OUT/gpu-sanitizer.log"
     fi
 fi

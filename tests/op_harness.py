@@ -20,6 +20,7 @@ F16, Q8_0, Q4_0 = 1, 8, 2
 TYPE_NAMES = {F16: "f16", Q8_0: "q8_0", Q4_0: "q4_0"}
 GUARD = 0xFF
 NONE, WRITE, READ = 0, 1, 2  # score cache
+ON_DEVICE = "QCACHE_OP_DEVICE" in os.environ  # the operation on this machine's GPU, instead of emulated ones
 
 
 class SeqBlock(ctypes.Structure):
@@ -65,12 +66,13 @@ class HarnessError(Exception):
 
 def load_library() -> ctypes.CDLL:
     build = Path(os.environ.get("QCACHE_TEST_BUILD", Path(__file__).parents[1] / "build"))
-    found = [p for p in build.rglob("*qcache-op-harness*") if p.suffix in (".so", ".dylib", ".dll")]
+    name = "qcache-op-device" if ON_DEVICE else "qcache-op-harness"
+    found = [p for p in build.rglob(f"*{name}*") if p.suffix in (".so", ".dylib", ".dll")]
     if "QCACHE_TEST_BUILD" not in os.environ:
         found = [p for p in found if "asan" not in p.parts]  # python would have to preload the sanitizer
     if not found:
         raise FileNotFoundError(
-            f"no qcache-op-harness library under {build}: build it with `make native-tests`, or set QCACHE_TEST_BUILD "
+            f"no {name} library under {build}: build it with `make native-tests`, or set QCACHE_TEST_BUILD "
             "to a build folder made with -DQCACHE_BUILD_TESTS=ON"
         )
     lib = ctypes.CDLL(str(max(found, key=lambda p: p.stat().st_mtime)))
@@ -81,12 +83,13 @@ def load_library() -> ctypes.CDLL:
     lib.harness_block.restype = ctypes.c_void_p
     lib.harness_block.argtypes = [ctypes.c_void_p, ctypes.c_int32]
     lib.harness_kernel_name.restype = ctypes.c_char_p
-    lib.harness_metal_emulate.restype = ctypes.c_char_p
-    lib.harness_metal_emulate.argtypes = [
-        ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64,
-    ]
-    lib.harness_metal_without_barrier.argtypes = [ctypes.c_int32]
-    lib.harness_metal_barriers.argtypes = [ctypes.c_void_p, ctypes.c_int32]
+    if not ON_DEVICE:
+        lib.harness_metal_emulate.restype = ctypes.c_char_p
+        lib.harness_metal_emulate.argtypes = [
+            ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64,
+        ]
+        lib.harness_metal_without_barrier.argtypes = [ctypes.c_int32]
+        lib.harness_metal_barriers.argtypes = [ctypes.c_void_p, ctypes.c_int32]
     lib.harness_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32]
     return lib
 

@@ -5,6 +5,8 @@ Two devices: "gpu" has the bodies of the CUDA kernels (tests/native/simt_emulati
 a ggml device (ggml_qcache/qcache-backend.cpp), here the CPU: tables, launches, appended bytes and guards are checked with
 them. Few rows take the decode kernel, in float32; many take the prefill kernel, whose products round Q and the
 probabilities to f16.
+
+With QCACHE_OP_DEVICE set, "gpu" is this machine's first GPU instead, and all memory the kernels see is its own.
 """
 
 import itertools
@@ -17,12 +19,12 @@ from op_harness import F16, Q4_0, Q8_0, Case, Sequence, Shape
 from ref_numpy import nmse
 from test_op import DIALOGUE, GRID, MODES, SEED, TYPES, bias_of, case_of, sequences
 
-# bounds on the NMSE against float64; measured: about a fifth of them
-DECODE_MAX = 4e-13
+# bounds on the NMSE against float64; measured in emulation: about a fifth of them. A GPU's exponential is less exact
+DECODE_MAX = 1e-11 if op_harness.ON_DEVICE else 4e-13
 PREFILL_MAX = 8e-7
 
 
-@pytest.fixture(params=["gpu", "metal"])
+@pytest.fixture(params=["gpu"] if op_harness.ON_DEVICE else ["gpu", "metal"])
 def device(request):
     return request.param
 

@@ -18,11 +18,11 @@ SOME_OF_GPU_BACKEND = (
 )
 
 
-def run(tests: str, *options: str) -> None:
+def run(tests: str, *options: str, **variables: str) -> None:
     library = Path(BUILD).resolve() / "tests" / "metal-mocked" / "libqcache.so"
     if not library.exists():
         pytest.skip("the native tests were built without the mock of Metal: that takes Clang and GNU's Objective-C runtime")
-    environment = {**os.environ, "LD_PRELOAD": str(library), "METAL_MOCK_STRICT": "1"}
+    environment = {**os.environ, "LD_PRELOAD": str(library), "METAL_MOCK_STRICT": "1", **variables}
     command = [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__).with_name(tests)), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     print(done.stdout[-4000:], done.stderr[-2000:])
@@ -41,3 +41,7 @@ def test_on_a_mock_of_metal() -> None:
 
 def test_gpu_backend_on_a_mock_of_metal() -> None:
     run("gpu_backend.py", "-k", SOME_OF_GPU_BACKEND)
+
+
+def test_the_operation_on_a_mock_of_metal() -> None:
+    run("test_gpu_op.py", "-k", "test_block_sizes or test_v_", QCACHE_OP_DEVICE="1")

@@ -1,11 +1,10 @@
-// op_harness.cpp: the lazy-attention operation for tests/op_harness.py, through a real ggml graph on the CPU backend
+// op_harness.cpp: the lazy-attention operation for tests/op_harness.py, through a real ggml graph on the CPU backend, or on a
+// GPU through the backend that wraps it: an emulated one in qcache-op-harness, the machine's first in qcache-op-device
 //
 // Everything the kernels touch lies between guard bytes of 0xff (NaN as f32, f16 and q8_0 scale), and so is everything
 // they have to write before they write it.
 
 #include "cpu/attn-kernels.h"
-#include "emulated_gpu.h"
-#include "metal_emulation.h"
 #include "qcache-backend.h"
 #include "qcache-composed.h"
 #include "qcache-impl.h"
@@ -17,6 +16,11 @@
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
+
+#if !defined(QCACHE_OP_DEVICE)
+#    include "emulated_gpu.h"
+#    include "metal_emulation.h"
+#endif
 
 #include <cstdio>
 #include <cstring>
@@ -81,6 +85,41 @@ struct guarded_buffer {
 
     explicit guarded_buffer(size_t size) : memory(size), buffer(ggml_backend_cpu_buffer_from_ptr(memory.data(), size)) {}
 };
+
+// guarded memory as a GPU has it: filled from the host's before a run, read back after it
+struct twin {
+    guarded &         host;
+    ggml_context_ptr  ctx;
+    qcache_buffer_ptr buffer;
+    ggml_tensor *     all; // bytes, guards included
+
+    twin(guarded & host, ggml_backend_buffer_type_t buft) :
+        host(host), ctx(ggml_init({ ggml_tensor_overhead(), nullptr, true })),
+        buffer(ggml_backend_buft_alloc_buffer(buft, host.size + 2 * GUARD_BYTES)),
+        all(ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, (int64_t) (host.size + 2 * GUARD_BYTES))) {
+        ggml_backend_tensor_alloc(buffer.get(), all, ggml_backend_buffer_get_base(buffer.get()));
+    }
+
+    uint8_t * data() { return (uint8_t *) all->data + GUARD_BYTES; }
+    void      up() { ggml_backend_tensor_set(all, host.data() - GUARD_BYTES, 0, ggml_nbytes(all)); }
+    void      down() { ggml_backend_tensor_get(all, host.data() - GUARD_BYTES, 0, ggml_nbytes(all)); }
+};
+
+// The GPU of a run, NULL with qcache_last_error(): there is none.
+ggml_backend_dev_t gpu_device(bool metal) {
+#if defined(QCACHE_OP_DEVICE)
+    (void) metal;
+    const ggml_backend_dev_t found = qcache_backend_get(0);
+    if (found == nullptr) {
+        qcache_fail(QCACHE_STATUS_UNSUPPORTED, "ggml has no GPU");
+        return nullptr;
+    }
+    return qcache_backend_device(found);
+#else
+    qcache_emulated_gpu_use(metal);
+    return qcache_backend_device(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU));
+#endif
+}
 
 const qcache_attn_kernel * find_kernel(const std::string & name) {
     if (name == "best") {
@@ -204,6 +243,8 @@ HARNESS_API int32_t harness_type_supported(int32_t type, int32_t head_dim) {
     return qcache_kv_type_supported(type, head_dim);
 }
 
+#if !defined(QCACHE_OP_DEVICE)
+
 // The Metal emulation alone: a function with arguments of one's own; "" or what is wrong.
 HARNESS_API const char * harness_metal_emulate(const char * entry, const int32_t * constants, int32_t n_constants, const int32_t * grid,
                                                int32_t n_threads, int32_t threadgroup_bytes, const void * args, int64_t n_args) {
@@ -229,6 +270,8 @@ HARNESS_API int32_t harness_metal_barriers(int32_t * lines, int32_t n) {
     return (int32_t) metal_emulation_barriers().size();
 }
 
+#endif
+
 // Appends and attends, layer after layer, in one graph, n_runs times. -1 with harness_error() when a constructor
 // refuses, -2 when the graph fails, -3 when a guard was overwritten.
 HARNESS_API int32_t harness_run(harness * h, harness_step * hs, const harness_layer * layers, int32_t n_layers,
@@ -236,14 +279,34 @@ HARNESS_API int32_t harness_run(harness * h, harness_step * hs, const harness_la
     const std::string name     = kernel_name;
     const bool        composed = name == "composed";
     const bool        metal    = name == "metal";
-    const bool        gpu      = name == "gpu" || metal; // emulated, through the backend that wraps ggml's CPU device
-    qcache_emulated_gpu_use(metal);
+    const bool        gpu      = name == "gpu" || metal;
 
+    const ggml_backend_dev_t device = gpu ? gpu_device(metal) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    ggml_backend_ptr         backend{ device != nullptr ? ggml_backend_dev_init(device, nullptr) : nullptr };
+    if (!backend) {
+        error = std::string("no device: ") + qcache_last_error();
+        return -2;
+    }
+    if (!gpu) {
+        ggml_backend_cpu_set_n_threads(backend.get(), n_threads);
+    }
+    const ggml_backend_buffer_type_t   buft = ggml_backend_dev_buffer_type(device);
+    std::vector<std::unique_ptr<twin>> twins;
+    const auto                         twin_of = [&](guarded & memory) {
+        twins.emplace_back(new twin(memory, buft));
+        return twins.back().get();
+    };
+
+    std::vector<twin *> of_block; // one for all sequences that share it
+    for (size_t i = 0; gpu && i < h->blocks.size(); i++) {
+        of_block.push_back(twin_of(h->blocks[i]->memory));
+    }
     std::vector<std::vector<qcache_attn_block>> seq_blocks(hs->n_seqs);
     for (int32_t i = 0; i < hs->n_blocks; i++) {
-        const harness_seq_block & b = hs->blocks[i];
-        guarded_buffer &          m = *h->blocks[b.id];
-        seq_blocks[b.seq].push_back({ m.memory.data(), b.first, b.n, (int8_t) b.modality, m.buffer.get() });
+        const harness_seq_block & b  = hs->blocks[i];
+        guarded_buffer &          m  = *h->blocks[b.id];
+        uint8_t *                 at = gpu ? of_block[b.id]->data() : m.memory.data();
+        seq_blocks[b.seq].push_back({ at, b.first, b.n, (int8_t) b.modality, gpu ? of_block[b.id]->buffer.get() : m.buffer.get() });
     }
     std::vector<qcache_attn_seq> seqs;
     for (const auto & blocks : seq_blocks) {
@@ -264,6 +327,11 @@ HARNESS_API int32_t harness_run(harness * h, harness_step * hs, const harness_la
     step.n_rows           = hs->n_rows;
     step.scores           = hs->n_score_keys > 0 ? (float *) scores.data() : nullptr;
     step.n_score_keys     = hs->n_score_keys;
+    if (gpu && hs->n_score_keys > 0) {
+        twin * t           = twin_of(scores);
+        step.scores        = (float *) t->data();
+        step.scores_buffer = t->buffer.get();
+    }
 
     const qcache_attn_kernel * kernel = composed ? nullptr : find_kernel(gpu ? "scalar" : name);
     if (!composed && kernel == nullptr) {
@@ -347,20 +415,23 @@ HARNESS_API int32_t harness_run(harness * h, harness_step * hs, const harness_la
             result = ggml_cont(ctx.get(), result);
         }
         results.emplace_back(new guarded_buffer(ggml_nbytes(result)));
-        ggml_backend_tensor_alloc(results.back()->buffer.get(), result, results.back()->memory.data());
+        if (gpu) {
+            twin * t = twin_of(results.back()->memory);
+            ggml_backend_tensor_alloc(t->buffer.get(), result, t->data());
+        } else {
+            ggml_backend_tensor_alloc(results.back()->buffer.get(), result, results.back()->memory.data());
+        }
         ggml_build_forward_expand(graph, result);
         out.push_back(result);
     }
 
-    ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    ggml_backend_ptr   backend{ ggml_backend_dev_init(gpu ? qcache_backend_device(device) : device, nullptr) };
-    if (!gpu) {
-        ggml_backend_cpu_set_n_threads(backend.get(), n_threads);
-    }
-    ggml_gallocr_ptr galloc{ ggml_gallocr_new(ggml_backend_cpu_buffer_type()) };
+    ggml_gallocr_ptr galloc{ ggml_gallocr_new(buft) };
     if (!ggml_gallocr_alloc_graph(galloc.get(), graph)) {
         error = "the graph cannot be allocated";
         return -2;
+    }
+    for (auto & t : twins) {
+        t->up();
     }
     for (int32_t run = 0; run < n_runs; run++) {
         for (int32_t il = 0; il < n_layers; il++) {
@@ -377,8 +448,11 @@ HARNESS_API int32_t harness_run(harness * h, harness_step * hs, const harness_la
             return -2;
         }
     }
+    for (auto & t : twins) {
+        t->down();
+    }
     for (int32_t il = 0; il < n_layers; il++) {
-        memcpy(layers[il].out, out[il]->data, ggml_nbytes(out[il]));
+        memcpy(layers[il].out, results[il]->memory.data(), ggml_nbytes(out[il]));
         const qcache_attn_v_rows v_rows = qcache_attn_count_v_rows(nodes[il].params, nodes[il].wdata, n_threads);
         hs->v_rows[0] += (int64_t) v_rows.n;
         hs->v_rows[1] += (int64_t) v_rows.n_skipped;
