@@ -1,9 +1,9 @@
 """How long calibration takes on a big model, and in how much memory, from models of its shapes with a few layers.
 
-A sample is a prompt of 576 visual tokens and a greedy answer of 32 tokens. Each part is timed with several numbers of layers: decoding
-an answer, prefilling a sample and comparing every pair of layers on it, checking a plan on the final logits, correcting. The seconds of a part are a polynomial in the
-number of layers (of degree 1, for the comparison of degree 2), fitted and read off at the wanted number; so is the peak of memory.
-Encoding the images isn't part of it: the models have random weights and no vision tower.
+A sample is a prompt of 576 visual tokens and a greedy answer of 32 tokens. Each part is timed with several numbers of layers:
+decoding an answer, prefilling a sample and comparing every pair of layers on it, checking a plan on the final logits, and with
+`--correct` correcting. The seconds of a part are a polynomial in the number of layers (of degree 1, for the comparison of degree 2),
+fitted and read off at the wanted number; so is the peak of memory. Encoding the images isn't part of it: the models have random weights and no vision tower.
 
     python bench/bench_calibration.py --preset llava-1.5-7b --layers 2,4,6 --samples 2 --json calibration.json
 """

@@ -175,7 +175,7 @@ struct batch {
         }
         scores.resize((size_t) n_seqs * s.n_head * n_keys);
         for (int copy = 0; copy < n_copies; copy++) {
-            steps.push_back({ seqs.data() + (size_t) copy * n_seqs, rows.data(), n_seqs, n_seqs, scores.data(), n_keys });
+            steps.push_back({ seqs.data() + (size_t) copy * n_seqs, rows.data(), n_seqs, n_seqs, scores.data(), n_keys, nullptr });
         }
         for (auto * q : { &q_own, &q_leader }) {
             q->resize((size_t) n_seqs * s.n_head * s.head_dim);

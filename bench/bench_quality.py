@@ -32,14 +32,14 @@ import numpy as np
 from ggml_qcache import Llama
 from ggml_qcache_convert import convert
 from ggml_qcache_convert.calibration import N_SEQ_MAX
-from machine import commit, machine, versions
+from machine import facts, write_result
 from quality_plans import make_plans
 from quality_runs import Answers, Plan, Test, make_prompts, run_plan
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from eval import score, test_set, write_json  # isort: skip  # quality_runs put its folder on the path
+from eval import score, test_set  # isort: skip  # quality_runs put its folder on the path
 from scenes import CLOSED_TASKS, TASKS  # isort: skip
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "mini-llava" / "model"
@@ -118,10 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns the exit status."""
     args = parse_args(argv)
     tests = test_set(args.scenes)
-    result: dict[str, Any] = {
-        "benchmark": "quality", "commit": commit(), "machine": machine(), "versions": versions(),
-        "command": " ".join(["bench_quality.py", *(sys.argv[1:] if argv is None else argv)]), "scenes": args.scenes, "rows": [],
-    }  # fmt: skip
+    result = {**facts("quality", argv), "scenes": args.scenes, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         model, mmproj = Path(folder) / "model.gguf", Path(folder) / "mmproj.gguf"
         convert(args.model, model, mmproj, outtype=args.outtype)
@@ -134,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             def add(plan: Plan, answers: Answers) -> None:
                 result["rows"].append(row(plan, answers, untouched, tests))
                 if args.json:
-                    write_json(result, args.json)
+                    write_result(result, args.json)
 
             add(Plan("none"), untouched)
             plans = make_plans(llm, args.modes, args.metrics, args.budgets, args.mixed_budgets, args.controls, args.calibration_samples)

@@ -1,7 +1,7 @@
 """Tables and charts from the JSON files of the benchmarks.
 
-`--write README.md docs/speed.md` replaces what lies between the markers `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` there, for each
-name of `TEXTS` that a file has: the numbers of the README come from nowhere else.
+`--write README.md --write docs/speed.md` replaces what lies between the markers `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` there, for
+each name of `TEXTS` that a file has: the numbers of the README come from nowhere else.
 """
 
 from __future__ import annotations
