@@ -19,10 +19,15 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <random>
 #include <string>
 #include <thread>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace {
 
@@ -117,12 +122,30 @@ double median(std::vector<double> x) {
     return x[x.size() / 2];
 }
 
+// bytes in large pages, as the cache's slabs are
+class huge_memory {
+  public:
+    huge_memory() = default;
+    explicit huge_memory(size_t size) : bytes(new uint8_t[size + PAGE_BYTES]) {
+        start = (uint8_t *) (((uintptr_t) bytes.get() + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES);
+#if defined(__linux__)
+        madvise(start, size, MADV_HUGEPAGE);
+#endif
+    }
+    uint8_t * data() { return start; }
+
+  private:
+    static constexpr size_t    PAGE_BYTES = (size_t) 2 << 20;
+    std::unique_ptr<uint8_t[]> bytes; // not touched before the advice
+    uint8_t *                  start = nullptr;
+};
+
 // a batch of one text row for each sequence, at the end of n_keys keys, in one or more copies of the cache
 struct batch {
     shape                                       s;
     int                                         type, n_seqs, n_keys;
     size_t                                      k_bytes, v_bytes, block_bytes;
-    std::vector<std::vector<uint8_t>>           memory; // one block each
+    huge_memory                                 memory; // of all blocks
     std::vector<std::vector<qcache_attn_block>> blocks; // by copy and sequence
     std::vector<qcache_attn_seq>                seqs;
     std::vector<qcache_attn_row>                rows;
@@ -156,14 +179,17 @@ struct batch {
         const int    n_blocks = (n_keys + N_BLOCK_TOKENS - 1) / N_BLOCK_TOKENS;
         const size_t touched  = (size_t) n_seqs * n_blocks * v_bytes; // what every mode reads at least
         const int    n_copies = (int) std::max((bytes_min + touched - 1) / touched, (size_t) 1);
+        memory = huge_memory((size_t) n_copies * n_seqs * n_blocks * block_bytes);
         for (int i = 0; i < n_copies * n_seqs; i++) {
             blocks.emplace_back();
             for (int ib = 0; ib < n_blocks; ib++) {
-                memory.push_back(patterns[(i + ib) % patterns.size()]);
+                uint8_t *  data  = memory.data() + ((size_t) i * n_blocks + ib) * block_bytes;
+                const auto & pattern = patterns[(i + ib) % patterns.size()];
+                std::copy(pattern.begin(), pattern.end(), data);
                 const int first = ib * N_BLOCK_TOKENS;
                 // the row itself is text, so the last block is
                 const bool text = ib % N_TEXT_PERIOD == 0 || ib == n_blocks - 1;
-                blocks.back().push_back({ memory.back().data(), first, std::min(N_BLOCK_TOKENS, n_keys - first),
+                blocks.back().push_back({ data, first, std::min(N_BLOCK_TOKENS, n_keys - first),
                                           (int8_t) (text ? QCACHE_MODALITY_TEXT : QCACHE_MODALITY_VISUAL), nullptr });
             }
         }

@@ -175,12 +175,13 @@ ggml_tensor * qcache_op_attn(ggml_context * ctx, ggml_tensor * q_own, ggml_tenso
 
     // which Q tensors do the rows need, how many own rows, how far do they look?
     int32_t n_own       = 0;
-    int32_t pos_max     = 0;
+    int32_t n_keys      = 0;
     bool    needs_own    = false;
     bool    needs_leader = false;
     for (int32_t ir = 0; ir < step.n_rows; ir++) {
         const qcache_attn_row & row = step.rows[ir];
-        pos_max = row.pos > pos_max ? row.pos : pos_max;
+        const qcache_attn_block & block = step.seqs[row.seq].blocks[row.block];
+        n_keys                          = block.first + block.n > n_keys ? block.first + block.n : n_keys;
         for (int32_t m = 0; m < 2; m++) {
             if (p.q_source[row.modality][m] == QCACHE_Q_LEADER) {
                 needs_leader = needs_leader || p.score_op != QCACHE_SCORE_READ;
@@ -210,9 +211,9 @@ ggml_tensor * qcache_op_attn(ggml_context * ctx, ggml_tensor * q_own, ggml_tenso
     if (q_leader && !check_tensor("attention", "q_leader", q_leader, p.head_dim, p.n_head, step.n_rows)) {
         return nullptr;
     }
-    if (p.score_op != QCACHE_SCORE_NONE && (step.scores == nullptr || step.n_score_keys <= pos_max)) {
+    if (p.score_op != QCACHE_SCORE_NONE && (step.scores == nullptr || step.n_score_keys < n_keys)) {
         qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "attention: score cache of %d keys a row, %d needed", step.scores ? step.n_score_keys : 0,
-                    pos_max + 1);
+                    n_keys);
         return nullptr;
     }
 

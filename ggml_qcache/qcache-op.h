@@ -51,10 +51,16 @@ struct qcache_attn_step {
     const qcache_attn_row * rows;    // rows of one sequence are adjacent or not: no order may be assumed
     int32_t                 n_seqs;
     int32_t                 n_rows;
-    float *                 scores;      // score cache [n_rows][n_head][n_score_keys] raw logits (scaled, no bias), or NULL
-    int32_t                 n_score_keys; // row stride of scores, >= largest pos + 1
+    float *                 scores;      // score cache, raw logits (scaled, no bias), at qcache_score_index; or NULL
+    int32_t                 n_score_keys; // keys that a row has room for: all of the blocks that any row sees
     struct ggml_backend_buffer * scores_buffer; // that scores lie in; only a GPU needs it
 };
+
+// Where the logits of a row and head for the keys of a block lie: for each row one block after the
+// other, [n_head][block.n] of each, in which order a kernel reads them.
+static inline size_t qcache_score_index(const qcache_attn_step & step, int32_t n_head, int32_t row, int32_t head, const qcache_attn_block & block) {
+    return ((size_t) row * step.n_score_keys + block.first) * n_head + (size_t) head * block.n;
+}
 
 // one layer
 struct qcache_attn_params {

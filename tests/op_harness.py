@@ -330,8 +330,8 @@ class Case:
             order = np.argsort([row.q_own for row in rows])
 
             by_row = [np.array([self.q[layer][i][pos] for i, pos in self.rows]) for layer in range(2)]
-            n_score_keys = max(pos for _, pos in self.rows) + 3 if score_cache else 0
-            scores = np.zeros((n_rows, s.n_head, n_score_keys), np.float32) if score_cache else None
+            n_score_keys = max(sum(self.blocks[row.seq][row.block][1:3]) for row in rows) + 2 if score_cache else 0
+            scores = np.zeros((n_rows, n_score_keys * s.n_head), np.float32) if score_cache else None
             step = Step(
                 (SeqBlock * len(table))(*table), (Row * n_rows)(*rows), len(table), n_rows, len(self.sequences), n_score_keys,
                 scores.ctypes.data if score_cache else None,
@@ -374,4 +374,14 @@ class Case:
                     assert np.array_equal(block, image), f"block {i} differs at bytes {np.flatnonzero(block != image)[:8]}"
         finally:
             lib.harness_free(handle)
-        return outputs[0], outputs[1], scores
+        return outputs[0], outputs[1], self.by_head(scores) if score_cache else None
+
+    def by_head(self, scores: np.ndarray) -> np.ndarray:
+        """The score cache as ``[n_rows, n_head, keys]``; it lies block after block, ``[n_head, keys of the block]`` each."""
+        n_head = self.shape.n_head
+        out = np.full((len(scores), n_head, scores.shape[1] // n_head), np.nan, np.float32)
+        for row, (i, _) in enumerate(self.rows):
+            for _, first, n, _ in self.blocks[i]:
+                if first + n <= out.shape[2]:
+                    out[row, :, first : first + n] = scores[row, first * n_head : (first + n) * n_head].reshape(n_head, n)
+        return out

@@ -32,18 +32,18 @@ const qcache_attn_kernel * qcache_attn_kernel_best() {
 
 size_t qcache_attn_scratch_bytes(const qcache_attn_params & p) {
     const size_t n_group   = p.n_head / p.n_head_kv;
-    const size_t n_queries = n_group > QCACHE_ATTN_TILE_QUERIES ? n_group : QCACHE_ATTN_TILE_QUERIES;
+    const size_t n_tile    = n_group > QCACHE_ATTN_TILE_QUERIES ? n_group : QCACHE_ATTN_TILE_QUERIES;
+    const size_t n_direct  = (size_t) p.n_head_kv * QCACHE_ATTN_DIRECT_QUERIES;
+    const size_t n_queries = n_direct > n_tile ? n_direct : n_tile;
     const size_t dims      = qcache_attn_pad(p.head_dim);
     const size_t keys      = qcache_attn_pad(p.n_block_tokens);
 
     // as attn-simd.inl.h lays it out
     size_t n_floats = 0;
-    n_floats += 2 * QCACHE_ATTN_DIRECT_QUERIES * dims; // queries by source
-    n_floats += 2 * keys * dims;                       // K and V of a block
-    n_floats += n_queries * keys;                      // logits
-    n_floats += n_queries * dims;                      // accumulated output
-    n_floats += 2 * n_queries;                         // running max and sum
-    n_floats += 2 * QCACHE_ATTN_DIRECT_QUERIES * (dims + 2); // pieces of tasks that other threads have a part in
+    n_floats += 2 * n_direct * dims;        // queries by source
+    n_floats += 2 * keys * dims;            // K and V of a block
+    n_floats += n_queries * keys;           // logits
+    n_floats += 2 * n_queries * (dims + 2); // accumulated output, running max and sum
     return QCACHE_ATTN_THREAD_BYTES + n_floats * sizeof(float) + 64; // slack, to align it
 }
 

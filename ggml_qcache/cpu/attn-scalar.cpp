@@ -17,10 +17,6 @@ static void attn_row_head(const qcache_attn_params & p, const float * q_own, con
     const int32_t kvh         = h / (p.n_head / p.n_head_kv);
     const size_t  k_row_bytes = qcache_kv_row_bytes(p.type_k, p.head_dim);
     const size_t  v_row_bytes = qcache_kv_row_bytes(p.type_v, p.head_dim);
-    float *       scores      = nullptr;
-    if (p.score_op != QCACHE_SCORE_NONE) {
-        scores = step.scores + ((size_t) ir * p.n_head + h) * step.n_score_keys;
-    }
 
     // online softmax: acc and sum are relative to exp(max)
     double max      = -INFINITY;
@@ -45,11 +41,12 @@ static void attn_row_head(const qcache_attn_params & p, const float * q_own, con
         const size_t    head_row = (size_t) kvh * p.n_block_tokens;
         const uint8_t * k        = read ? nullptr : block.data + p.k_offset[row.modality][block.modality] + head_row * k_row_bytes;
         const uint8_t * v        = block.data + p.v_offset[block.modality] + head_row * v_row_bytes;
+        float *         scores   = p.score_op == QCACHE_SCORE_NONE ? nullptr : step.scores + qcache_score_index(step, p.n_head, ir, h, block);
 
         for (int32_t i = 0; i < block.n && block.first + i <= row.pos; i++) {
             double logit = 0.0;
             if (read) {
-                logit = scores[block.first + i];
+                logit = scores[i];
             } else {
                 qcache_kv_row(p.type_k, k + i * k_row_bytes, k_row_bytes, x);
                 for (int32_t d = 0; d < p.head_dim; d++) {
@@ -57,7 +54,7 @@ static void attn_row_head(const qcache_attn_params & p, const float * q_own, con
                 }
                 logit = qcache_clamp_logit(logit * p.scale);
                 if (p.score_op == QCACHE_SCORE_WRITE) {
-                    scores[block.first + i] = (float) logit;
+                    scores[i] = (float) logit;
                 }
             }
             logit = qcache_clamp_logit(logit + bias);

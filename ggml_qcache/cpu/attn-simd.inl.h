@@ -18,11 +18,14 @@
 // Everything is in an anonymous namespace and nothing of the standard library is used, so that no code of this
 // instruction set can replace that of another file at link time.
 //
-// One task is a tile of query rows (same sequence and modality) and one KV head with its GQA group. It walks the blocks
-// of the sequence once with an online softmax. Where all tasks are direct, each thread has an equal share of their blocks,
-// and the last to do its piece of a task merges the pieces. Two paths:
+// One task is a tile of query rows (same sequence and modality) and one or more KV heads with their GQA groups. It walks the
+// blocks of the sequence once with an online softmax; in a block, first K of all its heads and then V of all, each one
+// long stretch of memory (head after head, 8 KB at a time: 1.5x to 1.9x slower with as many KV heads as heads).
+// Where all tasks are direct, each thread has an equal share of their units, and the last to do its piece of a task merges
+// the pieces. Two paths:
 //   direct  up to 8 queries (decode): each K and V row is read once, converted in registers and used for the whole group
-//           (rows of a group of 8 converted to floats once: 1.1x for q8_0, 0.6x for f16; the matrix path: worse)
+//           (rows of a group of 8 converted to floats once: 1.1x for q8_0, 0.6x for f16; the matrix path: worse; tiles of four
+//           queries with AVX-512: 1.05x)
 //   matrix  more (prefill): K (transposed) and V of a block are converted to floats once and multiplied by all queries
 
 namespace {
@@ -32,6 +35,7 @@ constexpr float FLOAT_MAX      = 3.402823466e+38f;
 
 inline int min_i(int a, int b) { return a < b ? a : b; }
 inline int max_i(int a, int b) { return a > b ? a : b; }
+inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int round_up(int n, int m) { return (n + m - 1) / m * m; }
 
 // exp for x <= 0 (Cephes expf polynomial, relative error about 1e-7); 0 below the normal floats, NaN stays NaN
@@ -498,24 +502,26 @@ inline void scale_row(float * x, int n, float c) {
 }
 
 //
-// one task: rows row0 .. row0 + n_rows - 1, of one sequence and modality, and one KV head
+// one task: rows row0 .. row0 + n_rows - 1, of one sequence and modality, and one or more KV heads
 //
 
 struct scratch {
     qcache_attn_thread * thread;
-    float * queries;   // [2][DIRECT_QUERIES][dims], direct path; by source
+    float * queries;   // [2][heads * DIRECT_QUERIES][dims], direct path; by source
     float * keys;      // [dims][keys], matrix path: K transposed
     float * values;    // [keys][dims], matrix path
     float * logits;    // [queries][keys]
-    float * acc;       // [queries][dims]
-    float * max;       // [queries]
-    float * sum;       // [queries]
-    float * pieces;    // [2][DIRECT_QUERIES][dims + 2]: acc, max and sum; the first of this thread's blocks and the last
+    // of the two pieces that a thread may leave to be merged: the task at the start of its share and that at the end
+    float * acc[2];    // [queries][dims]
+    float * max[2];    // [queries]
+    float * sum[2];    // [queries]
 };
 
 // as qcache_attn_scratch_bytes counts
 inline scratch scratch_of(const qcache_attn_params & p, uint8_t * wdata, int ith) {
-    const size_t n_queries = (size_t) max_i(p.n_head / p.n_head_kv, QCACHE_ATTN_TILE_QUERIES);
+    const size_t n_direct  = (size_t) p.n_head_kv * DIRECT_QUERIES;
+    const size_t n_tile    = (size_t) max_i(p.n_head / p.n_head_kv, QCACHE_ATTN_TILE_QUERIES);
+    const size_t n_queries = n_direct > n_tile ? n_direct : n_tile;
     const size_t dims      = qcache_attn_pad(p.head_dim);
     const size_t keys      = qcache_attn_pad(p.n_block_tokens);
     uint8_t *    at        = qcache_attn_scratch_of(wdata, qcache_attn_scratch_bytes(p), ith);
@@ -523,14 +529,20 @@ inline scratch scratch_of(const qcache_attn_params & p, uint8_t * wdata, int ith
     scratch s;
     s.thread  = (qcache_attn_thread *) at;
     s.queries = (float *) (at + QCACHE_ATTN_THREAD_BYTES);
-    s.keys    = s.queries + 2 * DIRECT_QUERIES * dims;
+    s.keys    = s.queries + 2 * n_direct * dims;
     s.values  = s.keys + keys * dims;
     s.logits  = s.values + keys * dims;
-    s.acc     = s.logits + n_queries * keys;
-    s.max     = s.acc + n_queries * dims;
-    s.sum     = s.max + n_queries;
-    s.pieces  = s.sum + n_queries;
+    float * x = s.logits + n_queries * keys;
+    for (int i = 0; i < 2; i++, x += n_queries * (dims + 2)) {
+        s.acc[i] = x;
+        s.max[i] = x + n_queries * dims;
+        s.sum[i] = s.max[i] + n_queries;
+    }
     return s;
+}
+
+inline bool skips(const qcache_attn_params & p) {
+    return p.v_skip > 0.0f && p.score_op == QCACHE_SCORE_READ;
 }
 
 // Which V rows of inherited keys are not worth reading. load(b, m, x) gives the logits x of query m in block b, -inf where
@@ -597,67 +609,83 @@ struct skipping {
     }
 };
 
-// blocks first .. end-1 of the task; piece NULL: all of them, and the result goes to dst
+// The rows of a tile and the KV heads kvh0 .. kvh0 + n_heads - 1, which lie one after the other in each block. Units are
+// (block, head): all heads of a block, then the next block, so that memory is read in long stretches.
+struct task {
+    int row0, n_rows, kvh0, n_heads;
+};
+
+// Units first .. end-1 of the task; acc, max and sum are left in the scratch of that slot. whole: the result goes to dst.
 template <class TK, class TV>
-void attn_task(const qcache_attn_params & p, const float * q_own, const float * q_leader, float * dst, const scratch & s, int row0,
-               int n_rows, int kvh, int first, int end, float * piece) {
+void attn_task(const qcache_attn_params & p, const float * q_own, const float * q_leader, float * dst, const scratch & s, const task & t,
+               int first, int end, int slot, bool whole) {
     const qcache_attn_step & step      = *p.step;
-    const qcache_attn_row *  rows      = step.rows + row0;
+    const qcache_attn_row *  rows      = step.rows + t.row0;
     const qcache_attn_seq &  seq       = step.seqs[rows[0].seq];
     const int                modality  = rows[0].modality;
     const int                n_group   = p.n_head / p.n_head_kv;
-    const int                h0        = kvh * n_group;
-    const int                n_queries = n_rows * n_group; // query m is row m / n_group, head h0 + m % n_group
+    const int                n_queries = t.n_rows * n_group; // of a head: query m is row m / n_group, head h0 + m % n_group
     const int                head_dim  = p.head_dim;
     const int                dims      = (int) qcache_attn_pad(head_dim);
     const int                stride    = (int) qcache_attn_pad(p.n_block_tokens); // of keys
     const bool               direct    = n_queries <= DIRECT_QUERIES;
 
     int pos_max = 0;
-    for (int r = 0; r < n_rows; r++) {
+    for (int r = 0; r < t.n_rows; r++) {
         pos_max = max_i(pos_max, rows[r].pos);
     }
-    // query m by source; the head's group lies together
-    const auto query = [&](int source, int m) {
+    // query m of KV head kvh by source; the head's group lies together
+    const auto query = [&](int source, int kvh, int m) {
         const int    r = m / n_group;
-        const size_t i = source == QCACHE_Q_LEADER ? (size_t) (row0 + r) : (size_t) rows[r].q_own;
-        return (source == QCACHE_Q_LEADER ? q_leader : q_own) + (i * p.n_head + h0 + m % n_group) * head_dim;
+        const size_t i = source == QCACHE_Q_LEADER ? (size_t) (t.row0 + r) : (size_t) rows[r].q_own;
+        return (source == QCACHE_Q_LEADER ? q_leader : q_own) + (i * p.n_head + kvh * n_group + m % n_group) * head_dim;
     };
-    for (int m = 0; m < n_queries; m++) {
-        s.max[m] = -__builtin_inff();
-        s.sum[m] = 0.0f;
+    for (int m = 0; m < t.n_heads * n_queries; m++) {
+        s.max[slot][m] = -__builtin_inff();
+        s.sum[slot][m] = 0.0f;
     }
-    for (int i = 0; i < n_queries * dims; i++) {
-        s.acc[i] = 0.0f;
+    for (int i = 0; i < t.n_heads * n_queries * dims; i++) {
+        s.acc[slot][i] = 0.0f;
     }
-    bool packed[2] = { false, false };
+    float * queries[2]; // of all heads, filled at first use
+    queries[QCACHE_Q_OWN] = queries[QCACHE_Q_LEADER] = nullptr;
+    const auto pack = [&](int source) {
+        queries[source] = s.queries + source * t.n_heads * n_queries * dims;
+        for (int m = 0; m < t.n_heads * n_queries; m++) {
+            const float * q = query(source, t.kvh0 + m / n_queries, m % n_queries);
+            for (int d = 0; d < dims; d++) {
+                queries[source][m * dims + d] = d < head_dim ? q[d] : 0.0f;
+            }
+        }
+    };
 
     // of query m, which sees n_row keys of the block
-    const auto bias_of = [&](const qcache_attn_block & b, int m) {
+    const auto bias_of = [&](const qcache_attn_block & b, int kvh, int m) {
         const bool biased = p.vis_bias && modality == QCACHE_MODALITY_TEXT && b.modality == QCACHE_MODALITY_VISUAL;
-        return biased ? p.vis_bias[h0 + m % n_group] : 0.0f;
+        return biased ? p.vis_bias[kvh * n_group + m % n_group] : 0.0f;
     };
-    const auto scores_of = [&](const qcache_attn_block & b, int m) {
-        return step.scores + ((size_t) (row0 + m / n_group) * p.n_head + h0 + m % n_group) * step.n_score_keys + b.first;
+    const auto scores_of = [&](const qcache_attn_block & b, int kvh, int m) {
+        return step.scores + qcache_score_index(step, p.n_head, t.row0 + m / n_group, kvh * n_group + m % n_group, b);
     };
     const auto n_seen_of = [&](const qcache_attn_block & b, int m) { return max_i(0, min_i(b.n, rows[m / n_group].pos - b.first + 1)); };
 
     const auto reads_scores = [&](const qcache_attn_block & b) {
         return p.score_op == QCACHE_SCORE_READ && p.q_source[modality][b.modality] == QCACHE_Q_LEADER;
     };
-    const auto keys_of = [&](const qcache_attn_block & b) {
+    const auto keys_of = [&](const qcache_attn_block & b, int kvh) {
         return b.data + p.k_offset[modality][b.modality] + (size_t) kvh * p.n_block_tokens * TK::row_bytes(head_dim);
     };
-    const auto values_of = [&](const qcache_attn_block & b) {
+    const auto values_of = [&](const qcache_attn_block & b, int kvh) {
         return b.data + p.v_offset[b.modality] + (size_t) kvh * p.n_block_tokens * TV::row_bytes(head_dim);
     };
 
+    // of a single head
     skipping   skip;
     const auto load_scores = [&](const qcache_attn_block & b, int m, float * x) {
         const int     n_row    = n_seen_of(b, m);
         const int     n_padded = round_up(min_i(b.n, pos_max - b.first + 1), QV_WIDTH);
-        const float   bias     = bias_of(b, m);
-        const float * scores   = scores_of(b, m);
+        const float   bias     = bias_of(b, t.kvh0, m);
+        const float * scores   = scores_of(b, t.kvh0, m);
         for (int i = 0; i < n_padded; i++) {
             x[i] = i < n_row ? scores[i] + bias : -__builtin_inff();
         }
@@ -666,36 +694,33 @@ void attn_task(const qcache_attn_params & p, const float * q_own, const float * 
     const auto keep_of = [&](const qcache_attn_block & b) {
         return skip.max_share > 0.0f && reads_scores(b) ? skip.keep(b, n_queries, min_i(b.n, pos_max - b.first + 1), s.keys, load_scores) : KEEP_ALL;
     };
-    if (p.v_skip > 0.0f && direct && p.score_op == QCACHE_SCORE_READ) {
+    if (skips(p) && direct) {
         skip.max_share = p.v_skip;
         skip.start(seq, pos_max, n_queries, s.keys, reads_scores, load_scores);
     }
-    uint64_t keep = keep_of(seq.blocks[first]);
+    uint64_t keep = keep_of(seq.blocks[first / t.n_heads]);
 
-    for (int ib = first; ib < end; ib++) {
+    for (int ib = first / t.n_heads; ib * t.n_heads < end; ib++) {
         const qcache_attn_block & block  = seq.blocks[ib];
         const int                 source = p.q_source[modality][block.modality];
         const bool                read   = reads_scores(block);
         const int                 n      = min_i(block.n, pos_max - block.first + 1); // keys seen by any row
+        const int                 h0     = max_i(first - ib * t.n_heads, 0);          // heads h0 .. h1 - 1 of the task
+        const int                 h1     = min_i(end - ib * t.n_heads, t.n_heads);
 
         // logits
-        if (!read) {
-            const uint8_t * k = keys_of(block);
+        if (!read && direct && queries[source] == nullptr) {
+            pack(source);
+        }
+        for (int h = h0; h < h1 && !read; h++) {
+            const uint8_t * k     = keys_of(block, t.kvh0 + h);
+            const ahead     fetch = { h + 1 < h1 ? keys_of(block, t.kvh0 + h + 1) : values_of(block, t.kvh0 + h0) };
             if (direct) {
-                float * queries = s.queries + source * DIRECT_QUERIES * dims;
-                if (!packed[source]) {
-                    packed[source] = true;
-                    for (int m = 0; m < n_queries; m++) {
-                        const float * q = query(source, m);
-                        for (int d = 0; d < dims; d++) {
-                            queries[m * dims + d] = d < head_dim ? q[d] : 0.0f;
-                        }
-                    }
-                }
-                qk_direct<TK>(k, n, queries, n_queries, dims, head_dim, s.logits, stride, { values_of(block) });
+                qk_direct<TK>(k, n, queries[source] + h * n_queries * dims, n_queries, dims, head_dim, s.logits + h * n_queries * stride, stride,
+                              fetch);
             } else {
                 const int n_columns = round_up(n, 32);
-                rows_to_float<TK>(k, n, head_dim, s.values, dims, { values_of(block) });
+                rows_to_float<TK>(k, n, head_dim, s.values, dims, fetch);
                 for (int i = n * dims; i < n_columns * dims; i++) {
                     s.values[i] = 0.0f;
                 }
@@ -704,74 +729,79 @@ void attn_task(const qcache_attn_params & p, const float * q_own, const float * 
                         transpose_8x8(s.values + i * dims + d, dims, s.keys + d * stride + i, stride);
                     }
                 }
-                gemm<false>(n_queries, [&](int m) { return query(source, m); }, s.keys, stride, head_dim, s.logits, stride, n_columns);
+                gemm<false>(n_queries, [&](int m) { return query(source, t.kvh0 + h, m); }, s.keys, stride, head_dim, s.logits, stride, n_columns);
             }
         }
 
-        // softmax
-        for (int m = 0; m < n_queries; m++) {
-            const int n_row  = n_seen_of(block, m);
-            float *   x      = s.logits + m * stride;
-            float *   scores = p.score_op != QCACHE_SCORE_NONE ? scores_of(block, m) : nullptr;
-            if (read) {
-                for (int i = 0; i < n_row; i++) {
-                    x[i] = scores[i];
-                }
-            } else {
-                finish_logits(x, n_row, p.scale);
-                if (p.score_op == QCACHE_SCORE_WRITE) {
+        // the next block
+        const bool                last      = (ib + 1) * t.n_heads >= end;
+        const qcache_attn_block & next      = seq.blocks[last ? ib : ib + 1];
+        const uint64_t            next_keep = last ? KEEP_ALL : keep_of(next);
+
+        for (int h = h0; h < h1; h++) {
+            const int kvh    = t.kvh0 + h;
+            float *   logits = s.logits + h * n_queries * stride;
+            float *   acc    = s.acc[slot] + h * n_queries * dims;
+
+            // softmax
+            for (int m = 0; m < n_queries; m++) {
+                const int n_row  = n_seen_of(block, m);
+                float *   x      = logits + m * stride;
+                float *   scores = p.score_op != QCACHE_SCORE_NONE ? scores_of(block, kvh, m) : nullptr;
+                if (read) {
                     for (int i = 0; i < n_row; i++) {
-                        scores[i] = x[i];
+                        x[i] = scores[i];
+                    }
+                } else {
+                    finish_logits(x, n_row, p.scale);
+                    if (p.score_op == QCACHE_SCORE_WRITE) {
+                        for (int i = 0; i < n_row; i++) {
+                            scores[i] = x[i];
+                        }
                     }
                 }
-            }
-            const float c = update_softmax(x, n_row, n, bias_of(block, m), s.max[m], s.sum[m]);
-            if (c != 1.0f) {
-                scale_row(s.acc + m * dims, dims, c);
-            }
-        }
-
-        // values
-        const uint8_t * v = values_of(block);
-        const bool                last = ib + 1 == end;
-        const qcache_attn_block & next = seq.blocks[last ? ib : ib + 1];
-        const uint64_t            next_keep = last ? KEEP_ALL : keep_of(next);
-        const ahead               fetch{ last ? nullptr : reads_scores(next) ? values_of(next) : keys_of(next), next_keep, TV::row_bytes(head_dim) };
-        if (skip.max_share > 0.0f && read) {
-            const size_t row_bytes = TV::row_bytes(head_dim);
-            for (int i = 0; i < n; i += SKIP_ROWS) {
-                const int n_tile = min_i(SKIP_ROWS, n - i);
-                if (keeps(keep, i / SKIP_ROWS)) {
-                    pv_direct<TV>(v + i * row_bytes, n_tile, s.logits + i, n_queries, stride, head_dim, s.acc, dims, fetch.from(i * row_bytes));
-                } else {
-                    fetch.from(i * row_bytes)(0, n_tile * row_bytes);
-                    s.thread->v_rows_skipped += n_tile;
+                const int   i = h * n_queries + m;
+                const float c = update_softmax(x, n_row, n, bias_of(block, kvh, m), s.max[slot][i], s.sum[slot][i]);
+                if (c != 1.0f) {
+                    scale_row(acc + m * dims, dims, c);
                 }
             }
-            s.thread->v_rows += n;
-        } else if (direct) {
-            pv_direct<TV>(v, n, s.logits, n_queries, stride, head_dim, s.acc, dims, fetch);
-        } else {
-            rows_to_float<TV>(v, n, head_dim, s.values, dims, fetch);
-            gemm<true>(n_queries, [&](int m) { return s.logits + m * stride; }, s.values, dims, n, s.acc, dims, dims);
+
+            // values
+            const uint8_t * v = values_of(block, kvh);
+            ahead           fetch{ nullptr };
+            if (h + 1 < h1) {
+                fetch.next = values_of(block, kvh + 1);
+            } else if (!last) {
+                fetch = { reads_scores(next) ? values_of(next, t.kvh0) : keys_of(next, t.kvh0), next_keep, TV::row_bytes(head_dim) };
+            }
+            if (skip.max_share > 0.0f && read) {
+                const size_t row_bytes = TV::row_bytes(head_dim);
+                for (int i = 0; i < n; i += SKIP_ROWS) {
+                    const int n_tile = min_i(SKIP_ROWS, n - i);
+                    if (keeps(keep, i / SKIP_ROWS)) {
+                        pv_direct<TV>(v + i * row_bytes, n_tile, logits + i, n_queries, stride, head_dim, acc, dims, fetch.from(i * row_bytes));
+                    } else {
+                        fetch.from(i * row_bytes)(0, n_tile * row_bytes);
+                        s.thread->v_rows_skipped += n_tile;
+                    }
+                }
+                s.thread->v_rows += n;
+            } else if (direct) {
+                pv_direct<TV>(v, n, logits, n_queries, stride, head_dim, acc, dims, fetch);
+            } else {
+                rows_to_float<TV>(v, n, head_dim, s.values, dims, fetch);
+                gemm<true>(n_queries, [&](int m) { return logits + m * stride; }, s.values, dims, n, acc, dims, dims);
+            }
         }
         keep = next_keep;
     }
 
-    if (piece) {
-        for (int m = 0; m < n_queries; m++, piece += dims + 2) {
-            for (int d = 0; d < dims; d++) {
-                piece[d] = s.acc[m * dims + d];
-            }
-            piece[dims]     = s.max[m];
-            piece[dims + 1] = s.sum[m];
-        }
-        return;
-    }
-    for (int m = 0; m < n_queries; m++) {
-        float *       out = dst + ((size_t) (row0 + m / n_group) * p.n_head + h0 + m % n_group) * head_dim;
-        const float   c   = s.sum[m] == 0.0f ? 0.0f : 1.0f / s.sum[m]; // 0: a row that sees no key
-        const float * acc = s.acc + m * dims;
+    for (int m = 0; whole && m < t.n_heads * n_queries; m++) {
+        const int     r   = m % n_queries;
+        float *       out = dst + ((size_t) (t.row0 + r / n_group) * p.n_head + (t.kvh0 + m / n_queries) * n_group + r % n_group) * head_dim;
+        const float   c   = s.sum[slot][m] == 0.0f ? 0.0f : 1.0f / s.sum[slot][m]; // 0: a row that sees no key
+        const float * acc = s.acc[slot] + m * dims;
         for (int d = 0; d < head_dim; d++) {
             out[d] = acc[d] * c;
         }
@@ -797,11 +827,12 @@ inline int n_blocks_of(const qcache_attn_step & step, int row0, int row1) {
     return n;
 }
 
-// The blocks of all tasks, one task after the other, in equal shares: where each thread's begins.
+// The units of all tasks, one task after the other, in equal shares: where each thread's begins.
 struct shares {
     int64_t n_units;
     int     nth;
     int64_t begin(int ith) const { return n_units * ith / nth; }
+    bool    none(int ith) const { return begin(ith) == begin(ith + 1); }
     int     of(int64_t unit) const { // the thread that has it
         int ith = (int) (unit * nth / n_units);
         while (begin(ith + 1) <= unit) {
@@ -809,16 +840,16 @@ struct shares {
         }
         return ith;
     }
+    int slot(int ith, int64_t first) const { return begin(ith) >= first ? 0 : 1; } // for its piece of the task whose first unit that is
 };
 
 // Tells that a piece of the task of units first .. end-1 is done; the last to tell merges them all.
-inline void finish_piece(const qcache_attn_params & p, float * dst, uint8_t * wdata, const shares & split, int64_t first, int64_t end, int row0,
-                         int n_rows, int kvh) {
+inline void finish_piece(const qcache_attn_params & p, float * dst, uint8_t * wdata, const shares & split, int64_t first, int64_t end, const task & t) {
     const int first_thread = split.of(first);
     const int last_thread  = split.of(end - 1);
     int       n_pieces     = 0;
     for (int ith = first_thread; ith <= last_thread; ith++) {
-        n_pieces += split.begin(ith) < split.begin(ith + 1);
+        n_pieces += !split.none(ith);
     }
     int * n_arrived = &scratch_of(p, wdata, first_thread).thread->n_arrived;
     if (__atomic_add_fetch(n_arrived, 1, __ATOMIC_ACQ_REL) < n_pieces) {
@@ -826,35 +857,32 @@ inline void finish_piece(const qcache_attn_params & p, float * dst, uint8_t * wd
     }
     __atomic_store_n(n_arrived, 0, __ATOMIC_RELAXED); // for the next layer
 
-    const int n_group = p.n_head / p.n_head_kv;
-    const int dims    = (int) qcache_attn_pad(p.head_dim);
-    const auto piece_of = [&](int ith, int m) -> const float * {
-        if (split.begin(ith) == split.begin(ith + 1)) {
-            return nullptr;
-        }
-        const int slot = split.begin(ith) >= first ? 0 : 1;
-        return scratch_of(p, wdata, ith).pieces + (slot * DIRECT_QUERIES + m) * (dims + 2);
-    };
-    for (int m = 0; m < n_rows * n_group; m++) {
-        float * out = dst + ((size_t) (row0 + m / n_group) * p.n_head + kvh * n_group + m % n_group) * p.head_dim;
-        float   max = -__builtin_inff(), sum = 0.0f;
+    const int n_group   = p.n_head / p.n_head_kv;
+    const int n_queries = t.n_rows * n_group;
+    const int dims      = (int) qcache_attn_pad(p.head_dim);
+    for (int m = 0; m < t.n_heads * n_queries; m++) {
+        const int r   = m % n_queries;
+        float *   out = dst + ((size_t) (t.row0 + r / n_group) * p.n_head + (t.kvh0 + m / n_queries) * n_group + r % n_group) * p.head_dim;
+        float     max = -__builtin_inff(), sum = 0.0f;
         for (int ith = first_thread; ith <= last_thread; ith++) {
-            const float * piece = piece_of(ith, m);
-            max                 = piece && piece[dims] > max ? piece[dims] : max;
+            const float x = split.none(ith) ? max : scratch_of(p, wdata, ith).max[split.slot(ith, first)][m];
+            max           = x > max ? x : max;
         }
         for (int d = 0; d < p.head_dim; d++) {
             out[d] = 0.0f;
         }
         for (int ith = first_thread; ith <= last_thread; ith++) {
-            const float * piece = piece_of(ith, m);
-            if (piece == nullptr || piece[dims] == -__builtin_inff()) {
+            const scratch s    = scratch_of(p, wdata, ith);
+            const int     slot = split.slot(ith, first);
+            if (split.none(ith) || s.max[slot][m] == -__builtin_inff()) {
                 continue; // no key is seen there
             }
             float e[QV_WIDTH];
-            v_store(e, v_exp(v_set1(piece[dims] - max)));
-            sum += e[0] * piece[dims + 1];
+            v_store(e, v_exp(v_set1(s.max[slot][m] - max)));
+            sum += e[0] * s.sum[slot][m];
+            const float * acc = s.acc[slot] + m * dims;
             for (int d = 0; d < p.head_dim; d++) {
-                out[d] += e[0] * piece[d];
+                out[d] += e[0] * acc[d];
             }
         }
         for (int d = 0; d < p.head_dim && sum != 0.0f; d++) {
@@ -870,37 +898,42 @@ void attn(const qcache_attn_params & p, const float * q_own, const float * q_lea
     const int                tile_rows = max_i(1, QCACHE_ATTN_TILE_QUERIES / n_group);
     const scratch            s         = scratch_of(p, wdata, ith);
 
-    shares split = { 0, nth };
-    bool   direct = true;
-    for (int row0 = 0, row1; row0 < step.n_rows; row0 = row1) {
+    shares split   = { 0, nth };
+    int    n_tiles = 0;
+    bool   direct  = true;
+    for (int row0 = 0, row1; row0 < step.n_rows; row0 = row1, n_tiles++) {
         row1   = tile_end(step, row0, tile_rows);
         direct = direct && (row1 - row0) * n_group <= DIRECT_QUERIES;
         split.n_units += (int64_t) n_blocks_of(step, row0, row1) * p.n_head_kv;
     }
     const int64_t mine = split.begin(ith), others = split.begin(ith + 1);
 
-    int     task = 0;
-    int64_t unit = 0;
+    // together: as many heads as leave each thread a task, so that few tasks are cut
+    const int together = direct && !skips(p) ? max_i(1, (int) min_i64((int64_t) n_tiles * p.n_head_kv / nth, p.n_head_kv)) : 1;
+
+    int     index = 0;
+    int64_t unit  = 0;
     for (int row0 = 0, row1; row0 < step.n_rows; row0 = row1) {
         row1               = tile_end(step, row0, tile_rows);
         const int n_blocks = n_blocks_of(step, row0, row1);
-        for (int kvh = 0; kvh < p.n_head_kv; kvh++, task++, unit += n_blocks) {
+        for (int kvh = 0, n_units; kvh < p.n_head_kv; kvh += together, index++, unit += n_units) {
+            const task t = { row0, row1 - row0, kvh, min_i(together, p.n_head_kv - kvh) };
+            n_units      = n_blocks * t.n_heads;
             if (!direct) {
-                if (task % nth == ith) {
-                    attn_task<TK, TV>(p, q_own, q_leader, dst, s, row0, row1 - row0, kvh, 0, n_blocks, nullptr);
+                if (index % nth == ith) {
+                    attn_task<TK, TV>(p, q_own, q_leader, dst, s, t, 0, n_units, 0, true);
                 }
                 continue;
             }
             const int first = (int) (mine > unit ? mine - unit : 0);
-            const int end   = others < unit + n_blocks ? (int) (others - unit) : n_blocks;
+            const int end   = others < unit + n_units ? (int) (others - unit) : n_units;
             if (first >= end) {
                 continue;
             }
-            const bool whole = first == 0 && end == n_blocks;
-            float *    piece = s.pieces + (mine >= unit ? 0 : DIRECT_QUERIES * (qcache_attn_pad(p.head_dim) + 2));
-            attn_task<TK, TV>(p, q_own, q_leader, dst, s, row0, row1 - row0, kvh, first, end, whole ? nullptr : piece);
+            const bool whole = first == 0 && end == n_units;
+            attn_task<TK, TV>(p, q_own, q_leader, dst, s, t, first, end, split.slot(ith, unit), whole);
             if (!whole) {
-                finish_piece(p, dst, wdata, split, unit, unit + n_blocks, row0, row1 - row0, kvh);
+                finish_piece(p, dst, wdata, split, unit, unit + n_units, t);
             }
         }
     }

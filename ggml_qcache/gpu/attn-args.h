@@ -48,7 +48,7 @@ struct qg_attn_args {
     uint64_t q_own;     // float [n][n_head][head_dim], or 0
     uint64_t q_leader;  // float [n_rows][n_head][head_dim], or 0
     uint64_t dst;       // float [n_rows][n_head][head_dim]
-    uint64_t scores;    // float [n_rows][n_head][n_score_keys], or 0
+    uint64_t scores;    // float []: qg_score_index, or 0
     uint64_t vis_bias;  // float [n_head], or 0
     uint64_t partial;   // float [n_rows][n_head][n_splits][head_dim + 2]: sum, maximum and weighted V; used where n_splits > 1
     uint64_t v_limits;  // float [n_rows][n_head]: inherited keys with no higher logit need no V, or 0; see v-skip.h

@@ -75,8 +75,6 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
     }
     int loaded = -1; // which of own (0) and leader's (1) is in q
 
-    QG_GLOBAL float * scores = qg_score_op(p) != 0 ? (QG_GLOBAL float *) p.scores + ((uint64_t) ir * p.n_head + head) * p.n_score_keys : nullptr;
-
     for (int ib = ib_first; ib < ib_end; ib++) {
         const qg_block block = blocks[ib];
         const int      n     = qg_min(block.n, row.pos - block.first + 1);
@@ -85,6 +83,7 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
         const bool     bias  = p.vis_bias != 0 && row.modality == 0 && block.modality == 1;
         const uint64_t first = (uint64_t) kv_head * p.n_block_tokens;
 
+        QG_GLOBAL float *         scores = qg_score_op(p) != 0 ? (QG_GLOBAL float *) p.scores + qg_score_index(p, ir, head, block) : nullptr;
         QG_GLOBAL const uint8_t * data = (QG_GLOBAL const uint8_t *) block.data;
         QG_GLOBAL const uint8_t * k    = data + p.k_offset[row.modality][block.modality] + first * p.k_row_bytes;
         QG_GLOBAL const uint8_t * v    = data + p.v_offset[block.modality] + first * p.v_row_bytes;
@@ -109,7 +108,7 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
                     const int token = base + u * n_slots + slot;
                     QG_UNROLL
                     for (int g = 0; g < G; g++) {
-                        s[u][g] = token < n && g < n_heads ? scores[(uint64_t) g * p.n_score_keys + block.first + token] : -INFINITY;
+                        s[u][g] = token < n && g < n_heads ? scores[g * block.n + token] : -INFINITY;
                     }
                 }
             } else {
@@ -140,7 +139,7 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
                         }
                         s[u][g] = token < n ? qg_clamp(dot * p.scale) : -INFINITY;
                         if (qg_score_op(p) == 1 && chunk == 0 && token < n && g < n_heads) {
-                            scores[(uint64_t) g * p.n_score_keys + block.first + token] = s[u][g];
+                            scores[g * block.n + token] = s[u][g];
                         }
                     }
                 }

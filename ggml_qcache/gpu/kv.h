@@ -7,6 +7,11 @@
 
 #include "simt.h"
 
+// of the logit in the score cache that a row and head have for the block's first key; as qcache_score_index
+QG_DEVICE uint64_t qg_score_index(QG_CONSTANT const qg_attn_args & p, int row, int head, QG_LOCAL const qg_block & block) {
+    return ((uint64_t) row * p.n_score_keys + block.first) * p.n_head + (uint64_t) head * block.n;
+}
+
 // x[8] = elements 8 chunk .. 8 chunk + 7 of a row
 QG_DEVICE void qg_load8(int type, QG_GLOBAL const uint8_t * row, int chunk, QG_LOCAL float * x) {
     if (type == QG_F16) {

@@ -48,7 +48,6 @@ template <class F, class T> QG_DEVICE int qg_each_inherited(QG_LOCAL T & t, QG_C
     const int                  head   = t.block_x();
     const qg_row               row    = ((QG_GLOBAL const qg_row *) p.rows)[t.block_y()];
     QG_GLOBAL const qg_block * blocks = (QG_GLOBAL const qg_block *) p.blocks + row.first_block;
-    QG_GLOBAL const float *    scores = (QG_GLOBAL const float *) p.scores + ((uint64_t) t.block_y() * p.n_head + head) * p.n_score_keys;
 
     int n_keys = 0;
     for (int ib = 0; ib < row.n_blocks; ib++) {
@@ -59,9 +58,10 @@ template <class F, class T> QG_DEVICE int qg_each_inherited(QG_LOCAL T & t, QG_C
         const int   n     = qg_min(block.n, row.pos - block.first + 1);
         const bool  bias  = p.vis_bias != 0 && row.modality == 0 && block.modality == 1;
         const float delta = bias ? ((QG_GLOBAL const float *) p.vis_bias)[head] : 0.0f;
+        QG_GLOBAL const float * scores = (QG_GLOBAL const float *) p.scores + qg_score_index(p, t.block_y(), head, block);
         n_keys += n;
         for (int i = t.lane(); ib % (QG_THREADS / 32) == t.warp() && i < n; i += 32) {
-            const float x = scores[block.first + i];
+            const float x = scores[i];
             f.take(bias ? qg_clamp(x + delta) : x);
         }
     }

@@ -183,7 +183,7 @@ struct harness_step {
     int32_t                   n_rows;
     int32_t                   n_seqs;
     int32_t                   n_score_keys; // 0: no score cache
-    float *                   scores;       // out [n_rows][n_head][n_score_keys], or NULL
+    float *                   scores;       // out [n_rows * n_score_keys * n_head], or NULL
     int64_t                   v_rows[2];    // out: of decode steps with v_skip, all and skipped
 };
 
