@@ -68,7 +68,7 @@ def run(path: Path, n_samples: int, threads: int, corrects: bool) -> dict[str, f
             context.decode(samples[0].tokens[:64], samples[0].embeddings[:64], modality=samples[0].visual[:64])
             started = time.monotonic()
             for _ in range(N_ANSWER):
-                context.decode_token(5)
+                context.decode([5])
             result["answer"] = time.monotonic() - started
 
             def prefilled() -> Iterator[Sample]:

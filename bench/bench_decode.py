@@ -41,6 +41,7 @@ from ggml_qcache.native import Model
 from ggml_qcache_convert import leaders_of
 
 LAZY = ("none", "visual", "global")
+KV_TYPES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # bytes a value
 LLAMA_CPP_SETTINGS = ((False, "f16", "f16"), (True, "f16", "f16"), (False, "q8_0", "f16"), (True, "q8_0", "q8_0"))
 BASE_CONTEXT = 16  # what is left of a step without attention
 WARMUP = 3
@@ -158,7 +159,7 @@ class Benchmark:
         self.args, self.progress, self.n_vocab = args, progress, self.model.info.n_vocab
         leaders = three_quarters_lazy(self.model.info.n_layer)
         self.peers = [LlamaCppEngine(self.llama_model, *setting, args.threads) for setting in LLAMA_CPP_SETTINGS]
-        self.ours = [QcacheEngine(self.model, lazy, leaders, args.kv, args.threads) for lazy in args.lazy]
+        self.ours = [QcacheEngine(self.model, lazy, leaders, kv, args.threads) for kv in args.kv for lazy in args.lazy]
         self.results = Results(measure_copy_bandwidth() if args.gpu else measure_read_bandwidth(args.threads))
         info = self.model.info
         self.full_bytes_per_token = 4 * info.n_layer * info.n_head_kv * info.head_dim
@@ -222,7 +223,8 @@ class Benchmark:
 
     def _bytes_needed(self, context: int, n_seq: int) -> int:
         """The peers and ours side by side, and the state that the last of them is filled from."""
-        shares = [1.0 if engine.lazy == "none" else 0.65 for engine in self.ours]  # 5/8 of a full cache, and K of text
+        # of a lazy one 5/8 of a full cache, and K of text
+        shares = [KV_TYPES[engine.kv] / 2 * (1.0 if engine.lazy == "none" else 0.65) for engine in self.ours]
         return int((N_PEERS + sum(shares) + shares[-1]) * self.full_bytes_per_token * context * n_seq)
 
     def _case(self, context: int, n_seq: int, advance: Callable[[], object]) -> None:
@@ -242,13 +244,13 @@ class Benchmark:
         peers = sorted(rows[:N_PEERS], key=lambda one: one["ms_per_step"])
         rows = [peers[0], *rows[N_PEERS:]]
         others = [*peers[1:], *(trials[index] for index in by_time[N_PEERS:])]
-        off = next((one["ms_per_step"] for one in rows if one["lazy"] == "none"), None)
+        off = {one["kv"]: one["ms_per_step"] for one in rows if one["lazy"] == "none"}
         for one in [*rows, *others]:
             one["peer"] = peers[0]["setting"]
             one["ratio_peer"] = peers[0]["ms_per_step"] / one["ms_per_step"]
             one["ratio_peer_limit"] = peers[0]["ms_per_step"] / (one["ms_base"] + one["ms_kv_limit"])
-            if one["lazy"] is not None and off is not None:
-                one["ratio_lazy_off"] = off / one["ms_per_step"]
+            if one["lazy"] is not None and one["kv"] in off:
+                one["ratio_lazy_off"] = off[one["kv"]] / one["ms_per_step"]
         self.results.rows += [*rows, *others]
 
 
@@ -284,11 +286,15 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _modes(text: str) -> list[str]:
-    modes = text.split(",")
-    if unknown := [mode for mode in modes if mode not in LAZY]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(LAZY)}")
-    return modes
+def _some_of(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Names with commas between them."""
+
+    def names(text: str) -> list[str]:
+        if unknown := [name for name in text.split(",") if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(known)}")
+        return text.split(",")
+
+    return names
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -302,8 +308,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--contexts", type=_numbers, default=[3072], metavar="N,N", help="tokens in each sequence (default: 3072)")
     parser.add_argument("--seqs", type=_numbers, default=[1, 8], metavar="N,N", help="sequences in a batch (default: 1,8)")
-    parser.add_argument("--lazy", type=_modes, default=list(LAZY), metavar="MODES", help="of none,visual,global (default: all)")
-    parser.add_argument("--kv", choices=("f16", "q8_0", "q4_0"), default="f16", help="type of our K and V (default: f16)")
+    parser.add_argument("--lazy", type=_some_of(LAZY), default=list(LAZY), metavar="MODES", help="of none,visual,global (default: all)")
+    parser.add_argument(
+        "--kv", type=_some_of(KV_TYPES), default=["f16"], metavar="TYPES", help="of our K and V: of f16,q8_0,q4_0 (default: f16)"
+    )
     parser.add_argument("--gpu", action="store_true", help="all layers of both engines on the first GPU")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="threads of both (default: all cores)")
     parser.add_argument("--steps", type=int, default=12, metavar="N", help="timed steps of each method (default: 12)")

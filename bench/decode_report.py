@@ -15,7 +15,7 @@ _MODES = ("none", "visual", "global")
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a markdown table; names to the left, numbers to the right."""
-    align = ["---" if column in ("method", "mode", "model", "shape", "type") else "---:" for column in columns]
+    align = ["---" if column in ("method", "mode", "model", "shape", "type", "our KV") else "---:" for column in columns]
     return [f"| {' | '.join(cells)} |" for cells in (columns, align, *rows)]
 
 
@@ -47,14 +47,15 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         for context, n_seq in dict.fromkeys((row["context"], row["n_seq"]) for row in result["rows"]):
             case = [row for row in result["rows"] if (row["context"], row["n_seq"]) == (context, n_seq)]
-            ours = {row["lazy"]: row for row in case if row["lazy"] is not None}
             peer = next(row for row in case if row["lazy"] is None and row["setting"] == row["peer"])
-            cells = [_model(result), str(context), str(n_seq), f"{peer['ms_per_step']:.1f}"]
-            for mode in _MODES:
-                row = ours.get(mode)
-                cells.append("" if row is None else f"{row['ms_per_step']:.1f} ({row['ratio_peer']:.2f} x)")
-            rows.append(cells)
-    columns = ("model", "context", "sequences", "llama.cpp's best, ms", *(f"lazy {mode}, ms" for mode in _MODES))
+            for kv in dict.fromkeys(row["kv"] for row in case if row["lazy"] is not None):
+                ours = {row["lazy"]: row for row in case if row["kv"] == kv and row["lazy"] is not None}
+                cells = [_model(result), str(context), str(n_seq), f"{peer['ms_per_step']:.1f} ({peer['kv']})", kv]
+                for mode in _MODES:
+                    row = ours.get(mode)
+                    cells.append("" if row is None else f"{row['ms_per_step']:.1f} ({row['ratio_peer']:.2f} x)")
+                rows.append(cells)
+    columns = ("model", "context", "sequences", "llama.cpp's best, ms (its KV)", "our KV", *(f"lazy {mode}, ms" for mode in _MODES))
     return "\n".join(table(columns, rows))
 
 
@@ -76,17 +77,24 @@ def lazy_attn(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """A chart of milliseconds per step over the context, one panel for each number of sequences, one line a method."""
+    """A chart of milliseconds per step over the context, one panel for each number of sequences; of llama.cpp the best setting."""
     from matplotlib.figure import Figure
 
     counts = sorted({row["n_seq"] for row in result["rows"]})
     figure = Figure(figsize=(5.5 * len(counts), 4.2), layout="constrained")
     for axes, n_seq in zip(figure.subplots(1, len(counts), squeeze=False)[0], counts):
         rows = sorted((row for row in result["rows"] if row["n_seq"] == n_seq), key=lambda row: row["context"])
-        for method in dict.fromkeys(_method(row) for row in rows):
-            points = [(row["context"], row["ms_per_step"]) for row in rows if _method(row) == method]
-            style = "--" if method.startswith("llama.cpp") else "-"
-            axes.plot(*zip(*points), style, marker="o", label=method)
+        peers = [row for row in rows if row["lazy"] is None and row["setting"] == row["peer"]]
+        lines = {"llama.cpp's best": peers}
+        for row in rows:
+            if row["lazy"] is not None:
+                lines.setdefault(row["setting"], []).append(row)
+        colours: dict[str, str] = {}
+        for label, points in lines.items():
+            kv, mode = points[0]["kv"], points[0]["lazy"]
+            colour = "black" if mode is None else colours.setdefault(mode, f"C{len(colours)}")
+            style = "--" if mode is not None and kv != "f16" else "-"
+            axes.plot(*zip(*((row["context"], row["ms_per_step"]) for row in points)), style, marker="o", color=colour, label=label)
         axes.set(title=f"{n_seq} sequence{'s' if n_seq > 1 else ''}", xlabel="context, tokens", ylabel="ms per step", ylim=(0, None))
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

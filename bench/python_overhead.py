@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import llama_cpp.llama_cpp as llama_c
-
 from ggml_qcache import Llama, native
 
 WARMUP = 8
-_SAMPLER = ("llama_sampler_apply", "llama_sampler_accept", "llama_sampler_sample")
 
 
 class _Clock:
@@ -51,7 +48,7 @@ class _TimedLibrary:
 def measure_python_overhead(path: Path, n_threads: int, n_tokens: int = 64, **sampling: float) -> float:
     """Generates tokens with ``Llama.generate`` and takes the median of what each costs outside of native functions.
 
-    Copies of logits, the candidates of the sampler and the wrappers of both libraries count as Python.
+    What cffi and the timing itself take counts as Python.
 
     Args:
         path: GGUF with a vocabulary.
@@ -67,8 +64,6 @@ def measure_python_overhead(path: Path, n_threads: int, n_tokens: int = 64, **sa
     with contextlib.ExitStack() as stack:
         llm = stack.enter_context(Llama(str(path), n_ctx=2 * n_tokens, n_threads=n_threads, n_threads_batch=n_threads, verbose=False))
         stack.enter_context(patch.object(native, "lib", _TimedLibrary(native.lib, clock)))
-        for name in _SAMPLER:
-            stack.enter_context(patch.object(llama_c, name, clock.wrap(getattr(llama_c, name))))
         tokens = llm.generate([1, 300, 301], **(sampling or {"temp": 0.0}))
         for _ in range(WARMUP + n_tokens):
             started, native_before = time.perf_counter(), clock.seconds

@@ -32,7 +32,6 @@ struct qcache_chunk {
     std::vector<int32_t>           out;      // rows whose logits are wanted
     std::vector<int32_t>           rope_pos;
     int32_t                        n_text  = 0;
-    int32_t                        pos_max = 0;
 
     bool decoding() const { return rows.size() <= seq_ids.size(); }
 };

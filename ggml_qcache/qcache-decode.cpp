@@ -97,7 +97,6 @@ void fill_chunk(qcache_context & ctx, int32_t i0, int32_t i1) {
     c.out.clear();
     c.rope_pos.clear();
     c.index_of_seq.assign(ctx.params.n_seq_max, -1);
-    c.pos_max = 0;
     for (const int8_t modality : { QCACHE_MODALITY_TEXT, QCACHE_MODALITY_VISUAL }) {
         std::copy_if(ctx.rows.begin() + i0, ctx.rows.begin() + i1, std::back_inserter(c.rows),
                      [&](const auto & row) { return row.modality == modality; });
@@ -114,7 +113,6 @@ void fill_chunk(qcache_context & ctx, int32_t i0, int32_t i1) {
         }
         c.attn_rows.push_back({ c.index_of_seq[row.seq_id], row.pos, ir, row.block, row.modality });
         c.rope_pos.push_back(row.rope_pos);
-        c.pos_max = std::max(c.pos_max, row.pos);
     }
 }
 
@@ -278,7 +276,7 @@ enum qcache_status compute_stage(qcache_context & ctx, size_t i_stage) {
     attn.n_rows             = (int32_t) c.attn_rows.size();
     attn.scores             = nullptr;
     attn.scores_buffer      = nullptr;
-    attn.n_score_keys       = c.pos_max + 1;
+    attn.n_score_keys       = qcache_n_score_keys(attn);
     stage.step->out_rows    = stage.out.data();
 
     bool use_scores = false;

@@ -6,6 +6,7 @@
 
 #include "ggml.h"
 
+#include <algorithm>
 #include <cstring>
 
 static constexpr int32_t HEAD_DIM_MAX = 256;
@@ -150,6 +151,15 @@ ggml_tensor * qcache_op_append(ggml_context * ctx, ggml_tensor * k, ggml_tensor 
 // attention
 //
 
+int32_t qcache_n_score_keys(const qcache_attn_step & step) {
+    int32_t n_keys = 0;
+    for (int32_t ir = 0; ir < step.n_rows; ir++) {
+        const qcache_attn_block & block = step.seqs[step.rows[ir].seq].blocks[step.rows[ir].block];
+        n_keys                          = std::max(n_keys, block.first + block.n);
+    }
+    return n_keys;
+}
+
 void qcache_op_attn_cpu(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const qcache_attn_node & node     = *(const qcache_attn_node *) userdata;
     const float *            q_own    = dst->src[0] ? (const float *) dst->src[0]->data : nullptr;
@@ -173,15 +183,12 @@ ggml_tensor * qcache_op_attn(ggml_context * ctx, ggml_tensor * q_own, ggml_tenso
         return nullptr;
     }
 
-    // which Q tensors do the rows need, how many own rows, how far do they look?
+    // which Q tensors do the rows need, how many own rows?
     int32_t n_own       = 0;
-    int32_t n_keys      = 0;
     bool    needs_own    = false;
     bool    needs_leader = false;
     for (int32_t ir = 0; ir < step.n_rows; ir++) {
         const qcache_attn_row & row = step.rows[ir];
-        const qcache_attn_block & block = step.seqs[row.seq].blocks[row.block];
-        n_keys                          = block.first + block.n > n_keys ? block.first + block.n : n_keys;
         for (int32_t m = 0; m < 2; m++) {
             if (p.q_source[row.modality][m] == QCACHE_Q_LEADER) {
                 needs_leader = needs_leader || p.score_op != QCACHE_SCORE_READ;
@@ -211,9 +218,9 @@ ggml_tensor * qcache_op_attn(ggml_context * ctx, ggml_tensor * q_own, ggml_tenso
     if (q_leader && !check_tensor("attention", "q_leader", q_leader, p.head_dim, p.n_head, step.n_rows)) {
         return nullptr;
     }
-    if (p.score_op != QCACHE_SCORE_NONE && (step.scores == nullptr || step.n_score_keys < n_keys)) {
+    if (p.score_op != QCACHE_SCORE_NONE && (step.scores == nullptr || step.n_score_keys < qcache_n_score_keys(step))) {
         qcache_fail(QCACHE_STATUS_INVALID_ARGUMENT, "attention: score cache of %d keys a row, %d needed", step.scores ? step.n_score_keys : 0,
-                    n_keys);
+                    qcache_n_score_keys(step));
         return nullptr;
     }
 

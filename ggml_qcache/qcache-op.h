@@ -52,7 +52,7 @@ struct qcache_attn_step {
     int32_t                 n_seqs;
     int32_t                 n_rows;
     float *                 scores;      // score cache, raw logits (scaled, no bias), at qcache_score_index; or NULL
-    int32_t                 n_score_keys; // keys that a row has room for: all of the blocks that any row sees
+    int32_t                 n_score_keys; // keys that a row has room for, >= qcache_n_score_keys
     struct ggml_backend_buffer * scores_buffer; // that scores lie in; only a GPU needs it
 };
 
@@ -61,6 +61,9 @@ struct qcache_attn_step {
 static inline size_t qcache_score_index(const qcache_attn_step & step, int32_t n_head, int32_t row, int32_t head, const qcache_attn_block & block) {
     return ((size_t) row * step.n_score_keys + block.first) * n_head + (size_t) head * block.n;
 }
+
+// all keys of the blocks that any row sees
+int32_t qcache_n_score_keys(const qcache_attn_step & step);
 
 // one layer
 struct qcache_attn_params {

@@ -1,8 +1,8 @@
 """Writes the C source of the extension module ``ggml_qcache._native`` (cffi, API mode).
 
 CMake runs it at build time. Every declaration comes from ``qcache.h`` itself, so the module can't disagree with the
-header; what cffi gets wrong about a layout or a signature fails when the C compiler sees both. One loop over the vocabulary
-is added, for which NumPy takes several.
+header; what cffi gets wrong about a layout or a signature fails when the C compiler sees both. The functions of
+``per_token.h`` are added.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import cffi
 
 MODULE = "ggml_qcache._native"
 
-# what llama.cpp's samplers take; candidates.py checks the layout against llama_cpp's
-CANDIDATES = """
+# of per_token.h
+PER_TOKEN = """
 struct candidate { int32_t id; float logit; float p; };
+struct candidates { struct candidate * data; size_t size; int64_t selected; bool sorted; };
+enum qcache_status next_token(qcache_context_t * ctx, int32_t token, int32_t n_past, float * logits, size_t n_vocab);
+int32_t sample_token(uintptr_t apply, uintptr_t accept, uintptr_t sampler, struct candidates * out, const float * logits, int32_t n_vocab);
 """
-FILL_CANDIDATES = "void fill_candidates(struct candidate * out, const float * logits, int32_t n)"
 
 
 def declarations(header: str) -> str:
@@ -64,9 +66,9 @@ def main() -> None:
     args = parser.parse_args()
 
     ffi = cffi.FFI()
-    ffi.cdef(declarations(args.header.read_text(encoding="utf-8")) + CANDIDATES + FILL_CANDIDATES + ";")
-    body = "for (int32_t i = 0; i < n; i++) { out[i].id = i; out[i].logit = logits[i]; out[i].p = 0.0f; }"
-    ffi.set_source(MODULE, f'#include "{args.header.name}"\n{CANDIDATES}static {FILL_CANDIDATES} {{ {body} }}')
+    ffi.cdef(declarations(args.header.read_text(encoding="utf-8")) + PER_TOKEN)
+    per_token = Path(__file__).with_name("per_token.h").read_text(encoding="utf-8")
+    ffi.set_source(MODULE, f'#include "{args.header.name}"\n{per_token}')
     args.out.parent.mkdir(parents=True, exist_ok=True)
     ffi.emit_c_code(str(args.out))
 

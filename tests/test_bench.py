@@ -105,7 +105,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     status = bench_decode.main(
         [
             "--model", str(folder / "m.gguf"), "--contexts", "64,160", "--seqs", "1,2", "--steps", "3", "--threads", "1",
-            "--prefill", "48", "--json", str(folder / "r.json"),
+            "--prefill", "48", "--kv", "f16,q8_0", "--json", str(folder / "r.json"),
         ]
     )  # fmt: skip
     assert status == 0
@@ -117,22 +117,25 @@ def test_decode_result(result: Path) -> None:
     assert {"commit", "machine", "versions", "command", "read_bandwidth", "prefill", "load_seconds", "rows"} <= set(content)
     assert 0 < content["python_seconds_per_token"] < 5e-3
     rows = content["rows"]
-    assert len(rows) == 2 * 2 * (4 + 3)
+    assert len(rows) == 2 * 2 * (4 + 2 * 3)
     promised = {"context", "n_seq", "lazy", "ms_per_step", "ratio_peer", "ratio_lazy_off", "kv_bytes", "kv_gbps"}
     assert all(promised <= set(row) and row["ms_per_step"] > 0 and row["kv_bytes"] > 0 for row in rows)
     for context in (64, 160):
         case = [row for row in rows if row["context"] == context and row["n_seq"] == 2]
         (peer,) = (row for row in case if row["lazy"] is None and row["ratio_peer"] == 1)
         assert all(row["peer"] == peer["setting"] for row in case)
-        size = {row["lazy"]: row["kv_bytes"] for row in case if row["lazy"]}
-        assert size["global"] < size["visual"] < size["none"]
+        size = {(row["kv"], row["lazy"]): row["kv_bytes"] for row in case if row["lazy"]}
+        for kv in ("f16", "q8_0"):
+            assert size[kv, "global"] < size[kv, "visual"] < size[kv, "none"]
+            assert all(row["ratio_lazy_off"] == 1 for row in case if row["kv"] == kv and row["lazy"] == "none")
+        assert size["q8_0", "none"] == size["f16", "none"] * 17 / 32
 
 
 def test_decode_refusals(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     (tmp_path / "m.gguf").write_bytes(b"nothing")
     assert bench_decode.main(["--model", str(tmp_path / "m.gguf")]) == 1
     assert "bench_decode: error: " in capfd.readouterr().err
-    for arguments in (["--contexts", "8"], ["--lazy", "some"], ["--seqs", "0"]):
+    for arguments in (["--contexts", "8"], ["--lazy", "some"], ["--kv", "f16,q9"], ["--seqs", "0"]):
         with pytest.raises(SystemExit):
             bench_decode.main(arguments)
 

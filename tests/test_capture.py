@@ -101,7 +101,7 @@ def test_decoding_token_by_token(core_models: CoreModels) -> None:
         decode(context, prompt)
         expected = context.captured("probs", 7)
         context.seq_rm(0, len(prompt) - 1)
-        context.decode_token(int(prompt.tokens[-1]))
+        context.decode([int(prompt.tokens[-1])])
         got = context.captured("probs", 7)
         assert nmse(got, expected) <= BOUNDS["rounding"]
         np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-6)
@@ -141,7 +141,7 @@ def test_what_is_not_captured(core_models: CoreModels) -> None:
         with pytest.raises(ValueError, match="out of range"):  # a failed batch leaves nothing
             context.captured("probs", 0)
         context.capture_stop()
-        context.decode_token(5)
+        context.decode([5])
         with pytest.raises(ValueError, match="capture is off"):
             context.captured("probs", 0)
 

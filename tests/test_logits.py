@@ -328,6 +328,6 @@ def test_mini_llava_gives_hugging_face_s_200_tokens(tmp_path: Path) -> None:
         context.decode(tokens, embeddings.numpy())
         got = [int(context.logits().argmax())]
         while len(got) < 200:
-            context.decode_token(got[-1])
+            context.decode([got[-1]])
             got.append(int(context.logits().argmax()))
     assert got == expected

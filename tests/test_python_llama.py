@@ -101,7 +101,7 @@ def test_stream_with_log_probabilities():
         whole = llm.create_completion(PROMPT, max_tokens=6, temperature=0.0, logprobs=1)["choices"][0]["logprobs"]
         chunks = list(llm.create_completion(PROMPT, max_tokens=6, temperature=0.0, logprobs=1, stream=True))
         values = [chunk["choices"][0]["logprobs"]["token_logprobs"][0] for chunk in chunks if chunk["choices"][0]["logprobs"]]
-        np.testing.assert_allclose(values, whole["token_logprobs"], atol=1e-5)
+        np.testing.assert_allclose(values, whole["token_logprobs"], atol=1e-3)
 
 
 def test_grammar(llm):

@@ -439,14 +439,14 @@ class Llama(base.Llama):
         n_new = len(tokens)
         if self.n_tokens + n_new > self._n_ctx:
             raise ValueError(f"{self.n_tokens} + {n_new} tokens don't fit n_ctx={self._n_ctx}")
-        if self._context.seq_len() > self.n_tokens:
-            self._context.seq_rm(0, self.n_tokens)
-        if n_new == 0:
-            return
         started, image_ms = time.perf_counter(), self.last_timings["image_ms"]
         if n_new == 1 and tokens[0] >= 0:
             self._eval_token(tokens[0])
         else:
+            if self._context.seq_len() > self.n_tokens:
+                self._context.seq_rm(0, self.n_tokens)
+            if n_new == 0:
+                return
             ids = np.asarray(tokens, dtype=np.int64)
             unknown = ids[ids >= self._n_vocab]
             if len(unknown) > 0:
@@ -461,10 +461,10 @@ class Llama(base.Llama):
     def _eval_token(self, token: int) -> None:
         """Evaluates one text token; this is what a generated token costs."""
         self._requires_eval = True
-        self._context.decode_token(token)
-        self._context.logits(-1, self.scores[self.n_tokens if self._logits_all else 0])
-        self.input_ids[self.n_tokens] = token
-        self.n_tokens += 1
+        n_past = self.n_tokens
+        self._context.next_token(token, n_past, self.scores[n_past if self._logits_all else 0])
+        self.input_ids[n_past] = token
+        self.n_tokens = n_past + 1
         self._requires_eval = False
 
     def _eval_batch(self, ids: npt.NDArray[np.int32]) -> None:
@@ -561,17 +561,7 @@ class Llama(base.Llama):
         started = time.perf_counter()
         sampler = self._sampler or self._init_sampler(*args, **sampling)
         row = (self.n_tokens - 1 if idx is None else idx) if self._logits_all else 0
-        self._candidates.load(self.scores[row])
-        candidates = self._candidates.candidates
-        llama_c.llama_sampler_apply(sampler.sampler, ctypes.byref(candidates))
-        if candidates.selected < 0:
-            raise QCacheError("the sampler chain selected no token")
-        chosen = candidates.data[candidates.selected]
-        # accepting a token against the grammar would end the process
-        if chosen.logit == -np.inf:
-            raise QCacheError("no token of the vocabulary continues the answer as grammar and logits demand")
-        token = chosen.id
-        sampler.accept(token)
+        token = self._candidates.sample(ctypes.cast(sampler.sampler, ctypes.c_void_p).value, self.scores[row])
         self.last_timings["decode_ms"] += 1e3 * (time.perf_counter() - started)
         return token
 

@@ -333,10 +333,6 @@ class Context:
         leader = ffi.new("int32_t[]", model.info.n_layer)
         self.lazy_mode: str = _LAZY_MODE_NAMES[lib.qcache_get_lazy(self._handle, leader)]
         self.lazy_leader: tuple[int, ...] = tuple(leader)
-
-        # decoding one token reuses these: nothing is allocated per step
-        self._token = ffi.new("int32_t[1]")
-        self._step = ffi.new("struct qcache_batch *", {"n_tokens": 1, "token": self._token})
         self._row_bytes = 4 * model.info.n_vocab
 
     @property
@@ -356,14 +352,21 @@ class Context:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def decode_token(self, token: int) -> None:
-        """Appends one text token to sequence 0 and keeps its logits; the fast way to generate.
+    def next_token(self, token: int, n_past: int, logits: npt.NDArray[np.float32]) -> None:
+        """Appends a text token to the first tokens of sequence 0, whose others are forgotten; the fast way to generate.
+
+        Args:
+            token: Token id.
+            n_past: How many tokens stay before it.
+            logits: ``[n_vocab]`` f32, contiguous: where to copy its logits to.
 
         Raises:
+            ValueError: ``logits`` of another size.
             QCacheError: As ``decode``.
         """
-        self._token[0] = token
-        check(lib.qcache_decode(self.handle, self._step[0]))
+        if logits.nbytes != self._row_bytes:
+            raise ValueError(f"logits has {logits.nbytes} bytes, a row {self._row_bytes}")
+        check(lib.next_token(self.handle, token, n_past, ffi.from_buffer("float[]", logits), self.model.info.n_vocab))
 
     def decode(
         self,

@@ -1,0 +1,62 @@
+// per_token.h: what Python does for every generated token, each in one call. The processor's caches are cold after the
+// weights have gone through them, so it is the number of Python's steps that counts. build_native.py gives it to cffi.
+
+#include <math.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+// as llama_token_data and llama_token_data_array; candidates.py checks that
+struct candidate {
+    int32_t id;
+    float   logit;
+    float   p;
+};
+struct candidates {
+    struct candidate * data;
+    size_t             size;
+    int64_t            selected;
+    bool               sorted;
+};
+
+// Appends a text token to the first n_past of sequence 0, drops what was after them, and copies its logits.
+static enum qcache_status next_token(qcache_context_t * ctx, int32_t token, int32_t n_past, float * logits, size_t n_vocab) {
+    enum qcache_status status = QCACHE_STATUS_SUCCESS;
+    if (qcache_seq_len(ctx, 0) > n_past) {
+        status = qcache_seq_rm(ctx, 0, n_past, -1);
+    }
+    if (status == QCACHE_STATUS_SUCCESS) {
+        const struct qcache_batch batch = { .n_tokens = 1, .token = &token };
+        status = qcache_decode(ctx, batch);
+    }
+    if (status == QCACHE_STATUS_SUCCESS) {
+        const float * row = qcache_get_logits_ith(ctx, -1);
+        if (row == NULL) {
+            return QCACHE_STATUS_INVALID_ARGUMENT; // a context without the last layers
+        }
+        memcpy(logits, row, n_vocab * sizeof(float));
+    }
+    return status;
+}
+
+// Lets llama.cpp's sampler (by the addresses of its functions) choose among all tokens, and tells it what it chose.
+// -1: it chose none; -2: only tokens that can't be, and telling that to a grammar would end the process
+static int32_t sample_token(uintptr_t apply, uintptr_t accept, uintptr_t sampler, struct candidates * out, const float * logits, int32_t n_vocab) {
+    for (int32_t i = 0; i < n_vocab; i++) {
+        out->data[i] = (struct candidate){ i, logits[i], 0.0f };
+    }
+    out->size     = n_vocab;
+    out->selected = -1;
+    out->sorted   = false;
+    ((void (*)(void *, struct candidates *)) apply)((void *) sampler, out);
+    if (out->selected < 0) {
+        return -1;
+    }
+    const struct candidate chosen = out->data[out->selected];
+    if (chosen.logit == -INFINITY) {
+        return -2;
+    }
+    ((void (*)(void *, int32_t)) accept)((void *) sampler, chosen.id);
+    return chosen.id;
+}
