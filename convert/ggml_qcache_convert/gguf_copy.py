@@ -15,7 +15,7 @@ from .imatrix import Imatrix, add_imatrix_keys, importance_of
 from .lazy_keys import ATTENTION
 from .lazy_layers import LAZY_KEYS
 from .outtypes import OutType, quantised
-from .writer import stored_bytes, stored_layout
+from .writer import stored_bytes, stored_layout, written_behind
 
 _ATTENTION = re.compile(rf"blk\.(\d+)\.({'|'.join(ATTENTION)})\.(?:weight|bias)")
 _VIS_BIAS = re.compile(r"blk\.\d+\.attn_vis_bias\.weight")
@@ -144,11 +144,12 @@ def copy_with_keys(
         writer.write_header_to_file(target)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor, _, qtype in plan:
-            writer.write_tensor_data(_stored(tensor, qtype, replaced.get(tensor.name), importance.get(tensor.name)))
-            advance(tensor.data.nbytes)
-        for values in biases.values():
-            writer.write_tensor_data(values)
+        with written_behind(writer) as put:
+            for tensor, _, qtype in plan:
+                put(_stored(tensor, qtype, replaced.get(tensor.name), importance.get(tensor.name)))
+                advance(tensor.data.nbytes)
+            for values in biases.values():
+                put(values)
         writer.flush()
     finally:
         writer.close()

@@ -1,8 +1,10 @@
 """Streams planned tensors into GGUF files, and lets the files appear only when all of them are complete."""
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -62,7 +64,7 @@ def write_gguf(
     checkpoint: Checkpoint,
     advance: Callable[[int], object],
 ) -> None:
-    """Writes one GGUF, one tensor at a time.
+    """Writes one GGUF: while a tensor goes to the file, the next one is converted.
 
     Args:
         path: File to create.
@@ -85,11 +87,32 @@ def write_gguf(
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in plan:
-            writer.write_tensor_data(_converted(tensor, checkpoint, advance))
+        with written_behind(writer) as put:
+            for tensor in plan:
+                put(_converted(tensor, checkpoint, advance))
         writer.flush()
     finally:
         writer.close()
+
+
+@contextlib.contextmanager
+def written_behind(writer: GGUFWriter) -> Iterator[Callable[[np.ndarray[Any, Any]], None]]:
+    """Gives a function that writes the next tensor's data beside what its caller does then; one at a time is held.
+
+    Raises:
+        OSError: The tensor before, or at the end the last one, can't be written.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        pending: list[Future[None]] = []
+
+        def put(data: np.ndarray[Any, Any]) -> None:
+            while pending:
+                pending.pop().result()
+            pending.append(pool.submit(writer.write_tensor_data, data))
+
+        yield put
+        for last in pending:
+            last.result()
 
 
 def stored_layout(shape: tuple[int, ...], qtype: GGMLQuantizationType) -> tuple[tuple[int, ...], np.dtype[Any]]:
