@@ -31,11 +31,11 @@
 namespace {
 
 constexpr int   DIRECT_QUERIES = QCACHE_ATTN_DIRECT_QUERIES;
+constexpr int   MOST_PIECES    = 8; // of a task, about; one thread merges them
 constexpr float FLOAT_MAX      = 3.402823466e+38f;
 
 inline int min_i(int a, int b) { return a < b ? a : b; }
 inline int max_i(int a, int b) { return a > b ? a : b; }
-inline int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int round_up(int n, int m) { return (n + m - 1) / m * m; }
 
 // exp for x <= 0 (Cephes expf polynomial, relative error about 1e-7); 0 below the normal floats, NaN stays NaN
@@ -908,8 +908,9 @@ void attn(const qcache_attn_params & p, const float * q_own, const float * q_lea
     }
     const int64_t mine = split.begin(ith), others = split.begin(ith + 1);
 
-    // together: as many heads as leave each thread a task, so that few tasks are cut
-    const int together = direct && !skips(p) ? max_i(1, (int) min_i64((int64_t) n_tiles * p.n_head_kv / nth, p.n_head_kv)) : 1;
+    // heads of a task: all, so that it reads the longest stretches, unless it would be cut into too many pieces
+    const int n_groups = (nth + n_tiles * MOST_PIECES - 1) / (n_tiles * MOST_PIECES);
+    const int together = direct && !skips(p) ? max_i(1, (p.n_head_kv + n_groups - 1) / n_groups) : 1;
 
     int     index = 0;
     int64_t unit  = 0;
