@@ -98,30 +98,6 @@ class team {
     std::atomic<bool>                       stop{ false };
 };
 
-// bytes per second, the best of several passes
-double read_bandwidth(team & threads) {
-    std::vector<uint64_t> data(COLD_BYTES / sizeof(uint64_t), 1);
-    std::vector<uint64_t> sums(threads.n * 8);
-    double                best = 0.0;
-    for (int pass = 0; pass < 8; pass++) {
-        const double seconds = threads.run([&](int ith, int nth) {
-            const size_t first = data.size() / nth * ith, last = data.size() / nth * (ith + 1);
-            uint64_t     sum   = 0;
-            for (size_t i = first; i < last; i++) {
-                sum += data[i];
-            }
-            sums[ith * 8] += sum;
-        });
-        best = std::max(best, (double) COLD_BYTES / seconds);
-    }
-    return sums[0] > 0 ? best : 0.0;
-}
-
-double median(std::vector<double> x) {
-    std::sort(x.begin(), x.end());
-    return x[x.size() / 2];
-}
-
 // bytes in large pages, as the cache's slabs are
 class huge_memory {
   public:
@@ -139,6 +115,28 @@ class huge_memory {
     std::unique_ptr<uint8_t[]> bytes; // not touched before the advice
     uint8_t *                  start = nullptr;
 };
+
+// bytes per second, the best of several passes; as bench/read_bandwidth.py
+double read_bandwidth(team & threads) {
+    huge_memory memory(COLD_BYTES);
+    std::memset(memory.data(), 1, COLD_BYTES);
+    double best = 0.0;
+    for (int pass = 0; pass < 8; pass++) {
+        const double seconds = threads.run([&](int ith, int nth) {
+            const size_t part = COLD_BYTES / nth;
+            if (std::memchr(memory.data() + part * ith, 0, part) != nullptr) { // a vectorised loop that only reads
+                abort();
+            }
+        });
+        best = std::max(best, (double) COLD_BYTES / seconds);
+    }
+    return best;
+}
+
+double median(std::vector<double> x) {
+    std::sort(x.begin(), x.end());
+    return x[x.size() / 2];
+}
 
 // a batch of one text row for each sequence, at the end of n_keys keys, in one or more copies of the cache
 struct batch {

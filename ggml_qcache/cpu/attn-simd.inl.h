@@ -66,7 +66,7 @@ inline vf v_clamp_logit(vf x) {
 
 struct kv_f16 {
     static constexpr bool grouped = false;
-    static constexpr int  NK1     = 8; // keys at once for one query
+    static constexpr int  NK1     = 4; // keys at once for one query
     static constexpr int  NK2     = 4; // for two
     static size_t row_bytes(int head_dim) { return (size_t) head_dim * 2; }
 };
@@ -348,19 +348,20 @@ inline void pv_tile(const uint8_t * values, size_t row_bytes, const float * prob
     }
 }
 
-template <class T>
-void pv_direct(const uint8_t * values, int n_keys, const float * probs, int n_queries, int p_stride, int head_dim, float * acc,
-               int a_stride, ahead fetch) {
+// NK rows at a time
+template <class T, int NK>
+void pv_rows(const uint8_t * values, int n_keys, const float * probs, int n_queries, int p_stride, int head_dim, float * acc, int a_stride,
+             ahead fetch) {
     const size_t row_bytes = T::row_bytes(head_dim);
     int          k         = 0;
-    for (; k + 4 <= n_keys; k += 4) {
-        fetch(k * row_bytes, 4 * row_bytes);
+    for (; k + NK <= n_keys; k += NK) {
+        fetch(k * row_bytes, NK * row_bytes);
         int q = 0;
         for (; q + 2 <= n_queries; q += 2) {
-            pv_tile<T, 4, 2>(values + k * row_bytes, row_bytes, probs + q * p_stride + k, p_stride, head_dim, acc + q * a_stride, a_stride);
+            pv_tile<T, NK, 2>(values + k * row_bytes, row_bytes, probs + q * p_stride + k, p_stride, head_dim, acc + q * a_stride, a_stride);
         }
         if (q < n_queries) {
-            pv_tile<T, 4, 1>(values + k * row_bytes, row_bytes, probs + q * p_stride + k, p_stride, head_dim, acc + q * a_stride, a_stride);
+            pv_tile<T, NK, 1>(values + k * row_bytes, row_bytes, probs + q * p_stride + k, p_stride, head_dim, acc + q * a_stride, a_stride);
         }
     }
     for (; k < n_keys; k++) {
@@ -368,6 +369,14 @@ void pv_direct(const uint8_t * values, int n_keys, const float * probs, int n_qu
             pv_tile<T, 1, 1>(values + k * row_bytes, row_bytes, probs + q * p_stride + k, p_stride, head_dim, acc + q * a_stride, a_stride);
         }
     }
+}
+
+// Few rows at a time keep few streams of memory apart: 4 instead of 2 for one query are 1.15x slower, 8 of K instead of 4 1.4x.
+template <class T>
+void pv_direct(const uint8_t * values, int n_keys, const float * probs, int n_queries, int p_stride, int head_dim, float * acc, int a_stride,
+               ahead fetch) {
+    const auto rows = n_queries == 1 ? pv_rows<T, 2> : pv_rows<T, 4>;
+    rows(values, n_keys, probs, n_queries, p_stride, head_dim, acc, a_stride, fetch);
 }
 
 //
