@@ -173,7 +173,7 @@ def test_calibration_benchmark(tmp_path, capsys):
 
 def test_report_of_the_operation_alone(tmp_path, capsys):
     row = {"head_dim": 80, "n_head": 32, "n_head_kv": 8, "type": "q8_0", "n_seq": 8, "gbps": 20.0, "bandwidth_share": 0.8}
-    result = {"benchmark": "lazy_attn", "kernel": "avx2", "threads": 2, "keys": 3072, "read_bandwidth": 25e9}
+    result = {"benchmark": "lazy_attn", "kernel": "avx2", "threads": 2, "keys": 3072}
     result["rows"] = [{**row, "mode": mode} for mode in ("off", "global", "visual")]
     (tmp_path / "r.json").write_text(json.dumps(result))
     assert report.main([str(tmp_path / "r.json")]) == 0
