@@ -9,6 +9,7 @@
 #define QCACHE_ATTN_KERNEL qcache_attn_kernel_avx2
 #define QCACHE_ATTN_NAME   "avx2"
 #define QV_WIDTH           8
+#define QV_NQ              2
 #define QV_MR              6
 #define QV_NR              2
 

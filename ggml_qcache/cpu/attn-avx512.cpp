@@ -16,6 +16,7 @@
 #define QCACHE_ATTN_KERNEL qcache_attn_kernel_avx512
 #define QCACHE_ATTN_NAME   "avx512"
 #define QV_WIDTH           16
+#define QV_NQ              4
 #define QV_MR              12
 #define QV_NR              2
 

@@ -11,6 +11,7 @@
 #define QCACHE_ATTN_KERNEL qcache_attn_kernel_neon
 #define QCACHE_ATTN_NAME   "neon"
 #define QV_WIDTH           4
+#define QV_NQ              2
 #define QV_MR              6
 #define QV_NR              4
 

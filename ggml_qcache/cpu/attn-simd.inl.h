@@ -2,6 +2,7 @@
 //
 //   vf, QV_WIDTH                  a vector of floats and how many it holds (4, 8 or 16)
 //   vi                            a vector of as many int32
+//   QV_NQ                         queries of a GQA group whose sums for a few keys fit the registers
 //   QV_MR, QV_NR                  rows and vectors of columns of the matrix micro-kernel that fit the registers
 //   v_zero v_set1 v_load v_store v_add v_sub v_mul v_fma(a, b, c) = a * b + c
 //   v_max(a, b) v_min(a, b)       a NaN in b survives
@@ -24,8 +25,7 @@
 // Where all tasks are direct, each thread has an equal share of their units, and the last to do its piece of a task merges
 // the pieces. Two paths:
 //   direct  up to 8 queries (decode): each K and V row is read once, converted in registers and used for the whole group
-//           (rows of a group of 8 converted to floats once: 1.1x for q8_0, 0.6x for f16; the matrix path: worse; tiles of four
-//           queries with AVX-512: 1.05x)
+//           (rows of a group of 8 converted to floats once: 1.1x for q8_0, 0.6x for f16; the matrix path: worse)
 //   matrix  more (prefill): K (transposed) and V of a block are converted to floats once and multiplied by all queries
 
 namespace {
@@ -67,7 +67,7 @@ inline vf v_clamp_logit(vf x) {
 struct kv_f16 {
     static constexpr bool grouped = false;
     static constexpr int  NK1     = 4; // keys at once for one query
-    static constexpr int  NK2     = 4; // for two
+    static constexpr int  NK2     = 4; // for several
     static size_t row_bytes(int head_dim) { return (size_t) head_dim * 2; }
 };
 
@@ -238,36 +238,41 @@ inline void qk_tile(const uint8_t * keys, size_t row_bytes, const float * querie
     }
 }
 
+// queries q .. in tiles of NQ and, for what is left, of half as many
+template <class T, int NK, int NQ>
+inline void qk_queries(const uint8_t * keys, size_t row_bytes, const float * queries, int n_queries, int q_stride, int head_dim, float * out,
+                       int out_stride) {
+    int q = 0;
+    for (; q + NQ <= n_queries; q += NQ) {
+        qk_tile<T, NK, NQ>(keys, row_bytes, queries + q * q_stride, q_stride, head_dim, out + q * out_stride, out_stride);
+    }
+    if constexpr (NQ > 1) {
+        if (q < n_queries) {
+            qk_queries<T, NK, NQ / 2>(keys, row_bytes, queries + q * q_stride, n_queries - q, q_stride, head_dim, out + q * out_stride, out_stride);
+        }
+    }
+}
+
+// NK keys at a time
+template <class T, int NK>
+void qk_rows(const uint8_t * keys, int n_keys, const float * queries, int n_queries, int q_stride, int head_dim, float * out, int out_stride,
+             ahead fetch) {
+    const size_t row_bytes = T::row_bytes(head_dim);
+    int          k         = 0;
+    for (; k + NK <= n_keys; k += NK) {
+        fetch(k * row_bytes, NK * row_bytes);
+        qk_queries<T, NK, QV_NQ>(keys + k * row_bytes, row_bytes, queries, n_queries, q_stride, head_dim, out + k, out_stride);
+    }
+    for (; k < n_keys; k++) {
+        qk_queries<T, 1, 1>(keys + k * row_bytes, row_bytes, queries, n_queries, q_stride, head_dim, out + k, out_stride);
+    }
+}
+
 template <class T>
 void qk_direct(const uint8_t * keys, int n_keys, const float * queries, int n_queries, int q_stride, int head_dim, float * out,
                int out_stride, ahead fetch) {
-    const size_t row_bytes = T::row_bytes(head_dim);
-    int          k         = 0;
-    if (n_queries == 1) {
-        for (; k + T::NK1 <= n_keys; k += T::NK1) {
-            fetch(k * row_bytes, T::NK1 * row_bytes);
-            qk_tile<T, T::NK1, 1>(keys + k * row_bytes, row_bytes, queries, q_stride, head_dim, out + k, out_stride);
-        }
-    } else {
-        for (; k + T::NK2 <= n_keys; k += T::NK2) {
-            fetch(k * row_bytes, T::NK2 * row_bytes);
-            int q = 0;
-            for (; q + 2 <= n_queries; q += 2) {
-                qk_tile<T, T::NK2, 2>(keys + k * row_bytes, row_bytes, queries + q * q_stride, q_stride, head_dim,
-                                      out + q * out_stride + k, out_stride);
-            }
-            if (q < n_queries) {
-                qk_tile<T, T::NK2, 1>(keys + k * row_bytes, row_bytes, queries + q * q_stride, q_stride, head_dim,
-                                      out + q * out_stride + k, out_stride);
-            }
-        }
-    }
-    for (; k < n_keys; k++) {
-        for (int q = 0; q < n_queries; q++) {
-            qk_tile<T, 1, 1>(keys + k * row_bytes, row_bytes, queries + q * q_stride, q_stride, head_dim, out + q * out_stride + k,
-                             out_stride);
-        }
-    }
+    const auto rows = n_queries == 1 ? qk_rows<T, T::NK1> : qk_rows<T, T::NK2>;
+    rows(keys, n_keys, queries, n_queries, q_stride, head_dim, out, out_stride, fetch);
 }
 
 // acc[q][d] += sum over k of probs[q][k] * values[k][d]
@@ -348,6 +353,20 @@ inline void pv_tile(const uint8_t * values, size_t row_bytes, const float * prob
     }
 }
 
+template <class T, int NK, int NQ>
+inline void pv_queries(const uint8_t * values, size_t row_bytes, const float * probs, int n_queries, int p_stride, int head_dim, float * acc,
+                       int a_stride) {
+    int q = 0;
+    for (; q + NQ <= n_queries; q += NQ) {
+        pv_tile<T, NK, NQ>(values, row_bytes, probs + q * p_stride, p_stride, head_dim, acc + q * a_stride, a_stride);
+    }
+    if constexpr (NQ > 1) {
+        if (q < n_queries) {
+            pv_queries<T, NK, NQ / 2>(values, row_bytes, probs + q * p_stride, n_queries - q, p_stride, head_dim, acc + q * a_stride, a_stride);
+        }
+    }
+}
+
 // NK rows at a time
 template <class T, int NK>
 void pv_rows(const uint8_t * values, int n_keys, const float * probs, int n_queries, int p_stride, int head_dim, float * acc, int a_stride,
@@ -356,18 +375,10 @@ void pv_rows(const uint8_t * values, int n_keys, const float * probs, int n_quer
     int          k         = 0;
     for (; k + NK <= n_keys; k += NK) {
         fetch(k * row_bytes, NK * row_bytes);
-        int q = 0;
-        for (; q + 2 <= n_queries; q += 2) {
-            pv_tile<T, NK, 2>(values + k * row_bytes, row_bytes, probs + q * p_stride + k, p_stride, head_dim, acc + q * a_stride, a_stride);
-        }
-        if (q < n_queries) {
-            pv_tile<T, NK, 1>(values + k * row_bytes, row_bytes, probs + q * p_stride + k, p_stride, head_dim, acc + q * a_stride, a_stride);
-        }
+        pv_queries<T, NK, QV_NQ>(values + k * row_bytes, row_bytes, probs + k, n_queries, p_stride, head_dim, acc, a_stride);
     }
     for (; k < n_keys; k++) {
-        for (int q = 0; q < n_queries; q++) {
-            pv_tile<T, 1, 1>(values + k * row_bytes, row_bytes, probs + q * p_stride + k, p_stride, head_dim, acc + q * a_stride, a_stride);
-        }
+        pv_queries<T, 1, 1>(values + k * row_bytes, row_bytes, probs + k, n_queries, p_stride, head_dim, acc, a_stride);
     }
 }
 

@@ -28,6 +28,7 @@
 #include <string>
 #include <vector>
 
+#define QV_NQ 4
 #define QV_MR 6
 #define QV_NR 2
 
