@@ -1,8 +1,11 @@
 """Copies a text GGUF with other lazy-layer keys, tensor by tensor: weights of any type stay as they are."""
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, ReaderTensor
@@ -15,7 +18,7 @@ from .imatrix import Imatrix, add_imatrix_keys, importance_of
 from .lazy_keys import ATTENTION
 from .lazy_layers import LAZY_KEYS
 from .outtypes import OutType, quantised
-from .writer import stored_bytes, stored_layout, written_behind
+from .writer import stored_bytes, stored_layout
 
 _ATTENTION = re.compile(rf"blk\.(\d+)\.({'|'.join(ATTENTION)})\.(?:weight|bias)")
 _VIS_BIAS = re.compile(r"blk\.\d+\.attn_vis_bias\.weight")
@@ -144,7 +147,7 @@ def copy_with_keys(
         writer.write_header_to_file(target)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with written_behind(writer) as put:
+        with _written_behind(writer) as put:
             for tensor, _, qtype in plan:
                 put(_stored(tensor, qtype, replaced.get(tensor.name), importance.get(tensor.name)))
                 advance(tensor.data.nbytes)
@@ -153,6 +156,26 @@ def copy_with_keys(
         writer.flush()
     finally:
         writer.close()
+
+
+@contextlib.contextmanager
+def _written_behind(writer: GGUFWriter) -> Iterator[Callable[[np.ndarray[Any, Any]], None]]:
+    """Gives a function that writes the next tensor's data beside what its caller does then; one at a time is held.
+
+    Raises:
+        OSError: The tensor before, or at the end the last one, can't be written.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        pending: list[Future[None]] = []
+
+        def put(data: np.ndarray[Any, Any]) -> None:
+            while pending:
+                pending.pop().result()
+            pending.append(pool.submit(writer.write_tensor_data, data))
+
+        yield put
+        for last in pending:
+            last.result()
 
 
 def _vis_biases(corrections: Corrections | None) -> dict[str, np.ndarray]:

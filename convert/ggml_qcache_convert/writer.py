@@ -1,10 +1,8 @@
 """Streams planned tensors into GGUF files, and lets the files appear only when all of them are complete."""
 
-import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -64,7 +62,7 @@ def write_gguf(
     checkpoint: Checkpoint,
     advance: Callable[[int], object],
 ) -> None:
-    """Writes one GGUF: while a tensor goes to the file, the next one is converted.
+    """Writes one GGUF. Chunks of rows go from their checkpoint to their place in it, several at a time.
 
     Args:
         path: File to create.
@@ -87,32 +85,14 @@ def write_gguf(
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with written_behind(writer) as put:
-            for tensor in plan:
-                put(_converted(tensor, checkpoint, advance))
-        writer.flush()
     finally:
         writer.close()
-
-
-@contextlib.contextmanager
-def written_behind(writer: GGUFWriter) -> Iterator[Callable[[np.ndarray[Any, Any]], None]]:
-    """Gives a function that writes the next tensor's data beside what its caller does then; one at a time is held.
-
-    Raises:
-        OSError: The tensor before, or at the end the last one, can't be written.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        pending: list[Future[None]] = []
-
-        def put(data: np.ndarray[Any, Any]) -> None:
-            while pending:
-                pending.pop().result()
-            pending.append(pool.submit(writer.write_tensor_data, data))
-
-        yield put
-        for last in pending:
-            last.result()
+    end = path.stat().st_size
+    for tensor in plan:
+        start = GGUFWriter.ggml_pad(end, writer.data_alignment)
+        _write_tensor(path, start, tensor, checkpoint, advance)
+        end = start + stored_bytes(tensor.shape, tensor.qtype)
+    os.truncate(path, GGUFWriter.ggml_pad(end, writer.data_alignment))
 
 
 def stored_layout(shape: tuple[int, ...], qtype: GGMLQuantizationType) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -130,27 +110,32 @@ def stored_bytes(shape: tuple[int, ...], qtype: GGMLQuantizationType) -> int:
     return math.prod(stored) * dtype.itemsize
 
 
-def _converted(tensor: OutputTensor, checkpoint: Checkpoint, advance: Callable[[int], object]) -> np.ndarray[Any, Any]:
-    """Gives a tensor in its stored form. Holds the result and a chunk of the source for each core, never the source as a whole."""
+def _write_tensor(path: Path, offset: int, tensor: OutputTensor, checkpoint: Checkpoint, advance: Callable[[int], object]) -> None:
+    """Puts a tensor in its stored form into a file. Holds a chunk of its rows for each core."""
+    row_bytes = stored_bytes(tensor.shape, tensor.qtype) // tensor.shape[0]
+
+    def write(row: int, stored: np.ndarray[Any, Any]) -> None:
+        with path.open("r+b") as file:  # each thread has a position of its own
+            file.seek(offset + row * row_bytes)
+            file.write(np.ascontiguousarray(stored))
+
     if not isinstance(tensor.source, TensorEntry):
+        write(0, tensor.source)
         advance(tensor.source.nbytes)
-        return tensor.source
+        return
     entry = tensor.source
-    shape, dtype = stored_layout(tensor.shape, tensor.qtype)
-    result = np.empty(shape, dtype)
     n_row = entry.shape[0]
-    rows = result.reshape(tensor.shape[0], -1)
-    target = _interleaved_rows(n_row, tensor.rope_head_dim) if tensor.rope_head_dim else None
+    order = _source_rows(n_row, tensor.rope_head_dim) if tensor.rope_head_dim else None
 
     def put(start: int, stop: int, stored: np.ndarray[Any, Any]) -> None:
-        rows[slice(start, stop) if target is None else target[start:stop]] = stored
+        write(start, stored if order is None else stored[order[start:stop] - start])
 
     def copy(start: int, stop: int) -> None:
         stored = checkpoint.stored_rows(entry, start, stop)
         exponent = np.uint16(_EXPONENT[entry.dtype])
         if ((stored.view(np.uint16) & exponent) == exponent).any():
             raise _not_finite(entry, checkpoint)
-        put(start, stop, stored.view(dtype))
+        put(start, stop, stored)
 
     def convert(start: int, stop: int) -> None:
         values = checkpoint.read_rows(entry, start, stop)
@@ -165,20 +150,18 @@ def _converted(tensor: OutputTensor, checkpoint: Checkpoint, advance: Callable[[
             )
         put(start, stop, stored)
         if tensor.mirrored:
-            rows[n_row + start : n_row + stop] = quantised(-values, tensor.qtype)
+            write(n_row + start, quantised(-values, tensor.qtype))
 
     same = entry.dtype == tensor.qtype.name and entry.dtype in _EXPONENT and not entry.deltas and not tensor.mirrored
-    for n in in_chunks(n_row, math.prod(entry.shape[1:]), copy if same else convert):
+    for n in in_chunks(n_row, math.prod(entry.shape[1:]), copy if same else convert, tensor.rope_head_dim or 1):
         advance(n * (entry.nbytes // n_row))
-    return result
 
 
-def _interleaved_rows(n_row: int, head_dim: int) -> np.ndarray[Any, np.dtype[np.intp]]:
-    """Where each row of a q or k projection goes: Hugging Face pairs row i with i + head_dim / 2, ggml 2i with 2i + 1."""
+def _source_rows(n_row: int, head_dim: int) -> np.ndarray[Any, np.dtype[np.intp]]:
+    """Which row of a q or k projection comes to each place: Hugging Face pairs row i of a head with i + head_dim / 2, ggml 2i with 2i + 1."""
     row = np.arange(n_row)
-    head, within = row - row % head_dim, row % head_dim
-    half = head_dim // 2
-    return head + 2 * (within % half) + within // half
+    within = row % head_dim
+    return row - within + within // 2 + within % 2 * (head_dim // 2)
 
 
 def _not_finite(entry: TensorEntry, checkpoint: Checkpoint) -> ConversionError:
