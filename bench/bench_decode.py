@@ -222,10 +222,11 @@ class Benchmark:
             self.nmse = check(logits[self.peers[0].setting], logits[off])
 
     def _bytes_needed(self, context: int, n_seq: int) -> int:
-        """The peers and ours side by side, and the state that the last of them is filled from."""
+        """The peers and ours side by side, and the state that one of them is filled from."""
         # of a lazy one 5/8 of a full cache, and K of text
         shares = [KV_TYPES[engine.kv] / 2 * (1.0 if engine.lazy == "none" else 0.65) for engine in self.ours]
-        return int((N_PEERS + sum(shares) + shares[-1]) * self.full_bytes_per_token * context * n_seq)
+        most = max(sum(shares[: i + 1]) + share for i, share in enumerate(shares))
+        return int((N_PEERS + most) * self.full_bytes_per_token * context * n_seq)
 
     def _case(self, context: int, n_seq: int, advance: Callable[[], object]) -> None:
         args = self.args

@@ -93,7 +93,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for label, points in lines.items():
             kv, mode = points[0]["kv"], points[0]["lazy"]
             colour = "black" if mode is None else colours.setdefault(mode, f"C{len(colours)}")
-            style = "--" if mode is not None and kv != "f16" else "-"
+            style = {"q8_0": "--", "q4_0": ":"}.get(kv, "-") if mode is not None else "-"
             axes.plot(*zip(*((row["context"], row["ms_per_step"]) for row in points)), style, marker="o", color=colour, label=label)
         axes.set(title=f"{n_seq} sequence{'s' if n_seq > 1 else ''}", xlabel="context, tokens", ylabel="ms per step", ylim=(0, None))
         axes.grid(alpha=0.3)

@@ -33,6 +33,7 @@ static enum qcache_status next_token(qcache_context_t * ctx, int32_t token, int3
     if (status == QCACHE_STATUS_SUCCESS) {
         const float * row = qcache_get_logits_ith(ctx, -1);
         if (row == NULL) {
+            qcache_seq_rm(ctx, 0, n_past, -1);
             return QCACHE_STATUS_INVALID_ARGUMENT; // a context without the last layers
         }
         memcpy(logits, row, n_vocab * sizeof(float));

@@ -68,6 +68,28 @@ def test_rows_nobody_asked_for(core_models: CoreModels) -> None:
             np.testing.assert_allclose(two.seq_v(layer), one.seq_v(layer), rtol=1e-3, atol=1e-4)
 
 
+def test_next_token(core_models: CoreModels) -> None:
+    model = core_models["llama-gqa-32"].native
+    row = np.empty(model.info.n_vocab, np.float32)
+    with make_context(model) as whole, make_context(model) as other:
+        for tokens in ([5, 6], [7]):
+            whole.decode(tokens)
+        for token, n_past in ((5, 0), (6, 1), (9, 2), (7, 2)):  # the last takes the place of 9
+            other.next_token(token, n_past, row)
+        assert_close(row[None], whole.logits()[None], "rounding")
+        assert other.seq_len() == 3
+        read_only = np.frombuffer(row.tobytes(), np.float32)
+        for bad in (read_only, row[1:]):
+            with pytest.raises(ValueError):
+                other.next_token(8, 3, bad)
+        assert other.seq_len() == 3
+    with make_context(model, n_layers=3) as part:
+        part.decode([5])
+        with pytest.raises(InvalidArgumentError, match=f"layers 0 .. 2 of {N_LAYER}"):
+            part.next_token(6, 1, row)
+        assert part.seq_len() == 1
+
+
 def test_bad_layers(core_models: CoreModels) -> None:
     model = core_models["llama-gqa-32"].native
     for params, message in (

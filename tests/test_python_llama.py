@@ -338,11 +338,12 @@ def test_a_hundred_loads_do_not_grow(explicit):
         del llm
         gc.collect()
 
-    for _ in range(10):
-        round_trip()
-    before = process.memory_info().rss
-    for _ in range(100):
-        round_trip()
-    growth = process.memory_info().rss - before
-    print(f"growth {growth / 100:.0f} bytes a round")
-    assert growth < 100 * 20_000  # the model alone has 1.7 MB
+    growth = []
+    for n in (10, 50, 50):
+        before = process.memory_info().rss
+        for _ in range(n):
+            round_trip()
+        growth.append((process.memory_info().rss - before) / n)
+    print(f"growth {growth} bytes a round")
+    # the allocator takes a few MB more now and then; what leaks grows both times. The model alone has 1.7 MB
+    assert min(growth[1:]) < 20_000

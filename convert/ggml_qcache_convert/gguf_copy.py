@@ -160,7 +160,7 @@ def copy_with_keys(
 
 @contextlib.contextmanager
 def _written_behind(writer: GGUFWriter) -> Iterator[Callable[[np.ndarray[Any, Any]], None]]:
-    """Gives a function that writes the next tensor's data beside what its caller does then; one at a time is held.
+    """Gives a function that writes the next tensor's data beside what its caller does then: that tensor and the next are held.
 
     Raises:
         OSError: The tensor before, or at the end the last one, can't be written.

@@ -117,7 +117,7 @@ def _write_tensor(path: Path, offset: int, tensor: OutputTensor, checkpoint: Che
     def write(row: int, stored: np.ndarray[Any, Any]) -> None:
         with path.open("r+b") as file:  # each thread has a position of its own
             file.seek(offset + row * row_bytes)
-            file.write(np.ascontiguousarray(stored))
+            file.write(np.ascontiguousarray(stored, stored.dtype.newbyteorder("<")))
 
     if not isinstance(tensor.source, TensorEntry):
         write(0, tensor.source)

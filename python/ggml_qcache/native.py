@@ -361,12 +361,13 @@ class Context:
             logits: ``[n_vocab]`` f32, contiguous: where to copy its logits to.
 
         Raises:
-            ValueError: ``logits`` of another size.
-            QCacheError: As ``decode``.
+            ValueError: ``logits`` of another size or read-only.
+            QCacheError: As ``decode``, and where the context has no logits, without the model's last layers.
         """
         if logits.nbytes != self._row_bytes:
             raise ValueError(f"logits has {logits.nbytes} bytes, a row {self._row_bytes}")
-        check(lib.next_token(self.handle, token, n_past, ffi.from_buffer("float[]", logits), self.model.info.n_vocab))
+        out = ffi.from_buffer("float[]", logits, require_writable=True)
+        check(lib.next_token(self.handle, token, n_past, out, self.model.info.n_vocab))
 
     def decode(
         self,
