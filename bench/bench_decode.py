@@ -26,7 +26,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from engines import Engine, LlamaCppEngine, LlamaCppModel, Prompt, QcacheEngine
+from engines import KV_TYPES, Engine, LlamaCppEngine, LlamaCppModel, Prompt, QcacheEngine
 from gpu_memory import free_gpu_bytes, measure_copy_bandwidth
 from machine import facts, write_result
 from make_model import PRESETS, TYPES, make_model
@@ -41,7 +41,6 @@ from ggml_qcache.native import Model
 from ggml_qcache_convert import leaders_of
 
 LAZY = ("none", "visual", "global")
-KV_TYPES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # bytes a value
 LLAMA_CPP_SETTINGS = ((False, "f16", "f16"), (True, "f16", "f16"), (False, "q8_0", "f16"), (True, "q8_0", "q8_0"))
 BASE_CONTEXT = 16  # what is left of a step without attention
 WARMUP = 3

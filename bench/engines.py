@@ -22,7 +22,7 @@ from ggml_qcache.native import TEXT, VISUAL, Context, Model
 UBATCH = 512  # rows computed at once, the default of both
 _FLASH = {False: llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, True: llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED}
 _TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
-_TYPE_BYTES = {"f16": 2.0, "q8_0": 34 / 32}
+KV_TYPES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # bytes a value
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class LlamaCppEngine:
         self.setting = f"flash attention {'on' if flash else 'off'}, {self.kv}"
         self._model, self._n_threads = model, n_threads
         self._params = {"flash_attn_type": _FLASH[flash], "type_k": _TYPES[type_k], "type_v": _TYPES[type_v]}
-        self._token_bytes = model.n_layer * model.n_kv * (_TYPE_BYTES[type_k] + _TYPE_BYTES[type_v])
+        self._token_bytes = model.n_layer * model.n_kv * (KV_TYPES[type_k] + KV_TYPES[type_v])
         self._state: Any = None
         self._n_prefilled = 0
 

@@ -99,9 +99,10 @@ def test_log_probabilities_need_logits_all(llm):
 def test_stream_with_log_probabilities():
     with load(logits_all=True) as llm:
         whole = llm.create_completion(PROMPT, max_tokens=6, temperature=0.0, logprobs=1)["choices"][0]["logprobs"]
+        llm.reset()  # else the prompt's last token comes alone, and ggml rounds otherwise for one row
         chunks = list(llm.create_completion(PROMPT, max_tokens=6, temperature=0.0, logprobs=1, stream=True))
         values = [chunk["choices"][0]["logprobs"]["token_logprobs"][0] for chunk in chunks if chunk["choices"][0]["logprobs"]]
-        np.testing.assert_allclose(values, whole["token_logprobs"], atol=1e-3)
+        np.testing.assert_allclose(values, whole["token_logprobs"], atol=1e-5)
 
 
 def test_grammar(llm):

@@ -1,11 +1,8 @@
 """Copies a text GGUF with other lazy-layer keys, tensor by tensor: weights of any type stay as they are."""
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, ReaderTensor
@@ -147,35 +144,14 @@ def copy_with_keys(
         writer.write_header_to_file(target)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with _written_behind(writer) as put:
-            for tensor, _, qtype in plan:
-                put(_stored(tensor, qtype, replaced.get(tensor.name), importance.get(tensor.name)))
-                advance(tensor.data.nbytes)
-            for values in biases.values():
-                put(values)
+        for tensor, _, qtype in plan:
+            writer.write_tensor_data(_stored(tensor, qtype, replaced.get(tensor.name), importance.get(tensor.name)))
+            advance(tensor.data.nbytes)
+        for values in biases.values():
+            writer.write_tensor_data(values)
         writer.flush()
     finally:
         writer.close()
-
-
-@contextlib.contextmanager
-def _written_behind(writer: GGUFWriter) -> Iterator[Callable[[np.ndarray[Any, Any]], None]]:
-    """Gives a function that writes the next tensor's data beside what its caller does then: that tensor and the next are held.
-
-    Raises:
-        OSError: The tensor before, or at the end the last one, can't be written.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        pending: list[Future[None]] = []
-
-        def put(data: np.ndarray[Any, Any]) -> None:
-            while pending:
-                pending.pop().result()
-            pending.append(pool.submit(writer.write_tensor_data, data))
-
-        yield put
-        for last in pending:
-            last.result()
 
 
 def _vis_biases(corrections: Corrections | None) -> dict[str, np.ndarray]:

@@ -238,43 +238,6 @@ inline void qk_tile(const uint8_t * keys, size_t row_bytes, const float * querie
     }
 }
 
-// queries q .. in tiles of NQ and, for what is left, of half as many
-template <class T, int NK, int NQ>
-inline void qk_queries(const uint8_t * keys, size_t row_bytes, const float * queries, int n_queries, int q_stride, int head_dim, float * out,
-                       int out_stride) {
-    int q = 0;
-    for (; q + NQ <= n_queries; q += NQ) {
-        qk_tile<T, NK, NQ>(keys, row_bytes, queries + q * q_stride, q_stride, head_dim, out + q * out_stride, out_stride);
-    }
-    if constexpr (NQ > 1) {
-        if (q < n_queries) {
-            qk_queries<T, NK, NQ / 2>(keys, row_bytes, queries + q * q_stride, n_queries - q, q_stride, head_dim, out + q * out_stride, out_stride);
-        }
-    }
-}
-
-// NK keys at a time
-template <class T, int NK>
-void qk_rows(const uint8_t * keys, int n_keys, const float * queries, int n_queries, int q_stride, int head_dim, float * out, int out_stride,
-             ahead fetch) {
-    const size_t row_bytes = T::row_bytes(head_dim);
-    int          k         = 0;
-    for (; k + NK <= n_keys; k += NK) {
-        fetch(k * row_bytes, NK * row_bytes);
-        qk_queries<T, NK, QV_NQ>(keys + k * row_bytes, row_bytes, queries, n_queries, q_stride, head_dim, out + k, out_stride);
-    }
-    for (; k < n_keys; k++) {
-        qk_queries<T, 1, 1>(keys + k * row_bytes, row_bytes, queries, n_queries, q_stride, head_dim, out + k, out_stride);
-    }
-}
-
-template <class T>
-void qk_direct(const uint8_t * keys, int n_keys, const float * queries, int n_queries, int q_stride, int head_dim, float * out,
-               int out_stride, ahead fetch) {
-    const auto rows = n_queries == 1 ? qk_rows<T, T::NK1> : qk_rows<T, T::NK2>;
-    rows(keys, n_keys, queries, n_queries, q_stride, head_dim, out, out_stride, fetch);
-}
-
 // acc[q][d] += sum over k of probs[q][k] * values[k][d]
 template <class T, int NK, int NQ>
 inline void pv_tile(const uint8_t * values, size_t row_bytes, const float * probs, int p_stride, int head_dim, float * acc,
@@ -353,40 +316,67 @@ inline void pv_tile(const uint8_t * values, size_t row_bytes, const float * prob
     }
 }
 
-template <class T, int NK, int NQ>
-inline void pv_queries(const uint8_t * values, size_t row_bytes, const float * probs, int n_queries, int p_stride, int head_dim, float * acc,
-                       int a_stride) {
+// the two as one: in is queries or probs, out is logits or the accumulated output; a key is a step in one of them
+struct qk {
+    static constexpr int in_step = 0, out_step = 1;
+    template <class T, int NK, int NQ>
+    static void tile(const uint8_t * rows, size_t row_bytes, const float * in, int in_stride, int head_dim, float * out, int out_stride) {
+        qk_tile<T, NK, NQ>(rows, row_bytes, in, in_stride, head_dim, out, out_stride);
+    }
+};
+
+struct pv {
+    static constexpr int in_step = 1, out_step = 0;
+    template <class T, int NK, int NQ>
+    static void tile(const uint8_t * rows, size_t row_bytes, const float * in, int in_stride, int head_dim, float * out, int out_stride) {
+        pv_tile<T, NK, NQ>(rows, row_bytes, in, in_stride, head_dim, out, out_stride);
+    }
+};
+
+// queries in tiles of NQ and, for what is left, of half as many
+template <class OP, class T, int NK, int NQ>
+inline void tile_queries(const uint8_t * rows, size_t row_bytes, const float * in, int n_queries, int in_stride, int head_dim, float * out,
+                         int out_stride) {
     int q = 0;
     for (; q + NQ <= n_queries; q += NQ) {
-        pv_tile<T, NK, NQ>(values, row_bytes, probs + q * p_stride, p_stride, head_dim, acc + q * a_stride, a_stride);
+        OP::template tile<T, NK, NQ>(rows, row_bytes, in + q * in_stride, in_stride, head_dim, out + q * out_stride, out_stride);
     }
     if constexpr (NQ > 1) {
         if (q < n_queries) {
-            pv_queries<T, NK, NQ / 2>(values, row_bytes, probs + q * p_stride, n_queries - q, p_stride, head_dim, acc + q * a_stride, a_stride);
+            tile_queries<OP, T, NK, NQ / 2>(rows, row_bytes, in + q * in_stride, n_queries - q, in_stride, head_dim, out + q * out_stride, out_stride);
         }
     }
 }
 
-// NK rows at a time
-template <class T, int NK>
-void pv_rows(const uint8_t * values, int n_keys, const float * probs, int n_queries, int p_stride, int head_dim, float * acc, int a_stride,
-             ahead fetch) {
+// rows of K or V, NK at a time
+template <class OP, class T, int NK>
+void tile_rows(const uint8_t * rows, int n_keys, const float * in, int n_queries, int in_stride, int head_dim, float * out, int out_stride,
+               ahead fetch) {
     const size_t row_bytes = T::row_bytes(head_dim);
     int          k         = 0;
     for (; k + NK <= n_keys; k += NK) {
         fetch(k * row_bytes, NK * row_bytes);
-        pv_queries<T, NK, QV_NQ>(values + k * row_bytes, row_bytes, probs + k, n_queries, p_stride, head_dim, acc, a_stride);
+        tile_queries<OP, T, NK, QV_NQ>(rows + k * row_bytes, row_bytes, in + k * OP::in_step, n_queries, in_stride, head_dim, out + k * OP::out_step,
+                                       out_stride);
     }
     for (; k < n_keys; k++) {
-        pv_queries<T, 1, 1>(values + k * row_bytes, row_bytes, probs + k, n_queries, p_stride, head_dim, acc, a_stride);
+        tile_queries<OP, T, 1, 1>(rows + k * row_bytes, row_bytes, in + k * OP::in_step, n_queries, in_stride, head_dim, out + k * OP::out_step,
+                                  out_stride);
     }
+}
+
+template <class T>
+void qk_direct(const uint8_t * keys, int n_keys, const float * queries, int n_queries, int q_stride, int head_dim, float * out,
+               int out_stride, ahead fetch) {
+    const auto rows = n_queries == 1 ? tile_rows<qk, T, T::NK1> : tile_rows<qk, T, T::NK2>;
+    rows(keys, n_keys, queries, n_queries, q_stride, head_dim, out, out_stride, fetch);
 }
 
 // Few rows at a time keep few streams of memory apart: 4 instead of 2 for one query are 1.15x slower, 8 of K instead of 4 1.4x.
 template <class T>
 void pv_direct(const uint8_t * values, int n_keys, const float * probs, int n_queries, int p_stride, int head_dim, float * acc, int a_stride,
                ahead fetch) {
-    const auto rows = n_queries == 1 ? pv_rows<T, 2> : pv_rows<T, 4>;
+    const auto rows = n_queries == 1 ? tile_rows<pv, T, 2> : tile_rows<pv, T, 4>;
     rows(values, n_keys, probs, n_queries, p_stride, head_dim, acc, a_stride, fetch);
 }
 
@@ -633,6 +623,14 @@ struct skipping {
 // (block, head): all heads of a block, then the next block, so that memory is read in long stretches.
 struct task {
     int row0, n_rows, kvh0, n_heads;
+
+    // where the result of query m of all heads' goes
+    float * out(const qcache_attn_params & p, float * dst, int m) const {
+        const int n_group = p.n_head / p.n_head_kv;
+        const int r       = m % (n_rows * n_group);
+        const int h       = (kvh0 + m / (n_rows * n_group)) * n_group + r % n_group;
+        return dst + ((size_t) (row0 + r / n_group) * p.n_head + h) * p.head_dim;
+    }
 };
 
 // Units first .. end-1 of the task; acc, max and sum are left in the scratch of that slot. whole: the result goes to dst.
@@ -818,8 +816,7 @@ void attn_task(const qcache_attn_params & p, const float * q_own, const float * 
     }
 
     for (int m = 0; whole && m < t.n_heads * n_queries; m++) {
-        const int     r   = m % n_queries;
-        float *       out = dst + ((size_t) (t.row0 + r / n_group) * p.n_head + (t.kvh0 + m / n_queries) * n_group + r % n_group) * head_dim;
+        float *       out = t.out(p, dst, m);
         const float   c   = s.sum[slot][m] == 0.0f ? 0.0f : 1.0f / s.sum[slot][m]; // 0: a row that sees no key
         const float * acc = s.acc[slot] + m * dims;
         for (int d = 0; d < head_dim; d++) {
@@ -877,13 +874,11 @@ inline void finish_piece(const qcache_attn_params & p, float * dst, uint8_t * wd
     }
     __atomic_store_n(n_arrived, 0, __ATOMIC_RELAXED); // for the next layer
 
-    const int n_group   = p.n_head / p.n_head_kv;
-    const int n_queries = t.n_rows * n_group;
+    const int n_queries = t.n_heads * t.n_rows * (p.n_head / p.n_head_kv);
     const int dims      = (int) qcache_attn_pad(p.head_dim);
-    for (int m = 0; m < t.n_heads * n_queries; m++) {
-        const int r   = m % n_queries;
-        float *   out = dst + ((size_t) (t.row0 + r / n_group) * p.n_head + (t.kvh0 + m / n_queries) * n_group + r % n_group) * p.head_dim;
-        float     max = -__builtin_inff(), sum = 0.0f;
+    for (int m = 0; m < n_queries; m++) {
+        float * out = t.out(p, dst, m);
+        float   max = -__builtin_inff(), sum = 0.0f;
         for (int ith = first_thread; ith <= last_thread; ith++) {
             const float x = split.none(ith) ? max : scratch_of(p, wdata, ith).max[split.slot(ith, first)][m];
             max           = x > max ? x : max;
@@ -930,7 +925,7 @@ void attn(const qcache_attn_params & p, const float * q_own, const float * q_lea
 
     // heads of a task: all, so that it reads the longest stretches, unless it would be cut into too many pieces
     const int n_groups = (nth + n_tiles * MOST_PIECES - 1) / (n_tiles * MOST_PIECES);
-    const int together = direct && !skips(p) ? max_i(1, (p.n_head_kv + n_groups - 1) / n_groups) : 1;
+    const int together = direct && !skips(p) ? (p.n_head_kv + n_groups - 1) / n_groups : 1;
 
     int     index = 0;
     int64_t unit  = 0;
