@@ -32,11 +32,17 @@ native-tests: $(VENV)/.deps
 	cmake -S . -B build/tests -DQCACHE_BUILD_TESTS=ON -DQCACHE_BUILD_PYTHON=OFF -DPython_EXECUTABLE=$(abspath $(BIN)/python) >build/tests.log 2>&1 || (cat build/tests.log; exit 1)
 	cmake --build build/tests --parallel $(JOBS)
 
+# GCC removes the stores of AMX's tile configuration as dead, and the first product of matrices would be an illegal instruction
+# (llama.cpp #26954)
+ifneq ($(shell grep -m 1 -ow amx_int8 /proc/cpuinfo 2>/dev/null),)
+AMX_FLAGS := -fno-dse
+endif
+
 # llama-cpp-python compiles llama.cpp once (minutes); pip keeps the wheel
 $(VENV)/.deps: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	mkdir -p build
-	$(BIN)/python -m pip install --quiet llama-cpp-python==0.3.36 "scikit-build-core>=0.10" "cffi>=1.16"
+	CXXFLAGS="$(CXXFLAGS) $(AMX_FLAGS)" $(BIN)/python -m pip install --quiet llama-cpp-python==0.3.36 "scikit-build-core>=0.10" "cffi>=1.16"
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.deps $(SOURCES)

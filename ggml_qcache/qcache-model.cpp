@@ -7,6 +7,7 @@
 #include "qcache-model.h"
 
 #include "qcache-backend.h"
+#include "qcache-probe.h"
 
 #include <ggml-cpu.h>
 #include <ggml.h>
@@ -351,7 +352,9 @@ enum qcache_status load(const char * path, struct qcache_model_params params, qc
         ggml_backend_dev_backend_reg(cpu), "ggml_backend_dev_get_extra_bufts");
     if (get_extra_bufts != nullptr) {
         for (ggml_backend_buffer_type_t * buft = get_extra_bufts(cpu); buft != nullptr && *buft != nullptr; buft++) {
-            l.extra_bufts.push_back(*buft);
+            if (qcache_buft_works(cpu, *buft)) {
+                l.extra_bufts.push_back(*buft);
+            }
         }
     }
     l.plan();
