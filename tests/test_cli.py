@@ -10,6 +10,7 @@ from tiny_llava import LAZY_LAYERS, N_VISUAL, ask, load, picture, tiny_llava, us
 
 from ggml_qcache import __version__
 from ggml_qcache.cli import main
+from ggml_qcache_convert import convert
 
 
 @pytest.fixture(autouse=True)
@@ -148,3 +149,11 @@ def test_as_a_program(photo):
     piped = subprocess.Popen([*command, *arguments, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     piped.stdout.close()
     assert (piped.wait(120), piped.stderr.read()) == (1, "")
+
+
+def test_loading_quantised_weights_is_silent(tmp_path):
+    # ggml reports every tensor that it repacks; in a new process, where nothing has set a log level yet
+    path = tmp_path / "m.gguf"
+    convert(tiny_llava().folder / "checkpoint", path, None, "q4_0")
+    result = subprocess.run([sys.executable, "-c", f"from ggml_qcache import Llama; Llama({str(path)!r})"], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")

@@ -133,6 +133,7 @@ class Llama(base.Llama):
             raise ValueError(f"n_batch={n_batch} and n_ubatch={n_ubatch} must be positive")
 
         self.verbose = verbose
+        set_verbose(verbose)
         self.model_path = os.fspath(model_path)
         self._stack = contextlib.ExitStack()
         try:
@@ -200,7 +201,6 @@ class Llama(base.Llama):
 
     def _load_vocabulary(self, tokenizer: Optional[base.BaseLlamaTokenizer]) -> None:
         """Loads tokenizer and metadata through llama_cpp."""
-        set_verbose(self.verbose)
         self._model, self.model_params = load_vocabulary(self.model_path, self.verbose)
         self._stack.callback(self._model.close)
         self.metadata = self._model.metadata()
