@@ -355,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 benchmark.run()
             finally:
                 benchmark.close()
-        python_seconds = measure_python_overhead(path, args.threads)
+        python_seconds = measure_python_overhead(path, args.threads, -1 if args.gpu else 0)
     except (ValueError, OSError, RuntimeError, QCacheError) as error:
         print(f"bench_decode: error: {error}", file=sys.stderr)
         return 1

@@ -45,7 +45,7 @@ class _TimedLibrary:
         return value
 
 
-def measure_python_overhead(path: Path, n_threads: int, n_tokens: int = 64, **sampling: float) -> float:
+def measure_python_overhead(path: Path, n_threads: int, n_gpu_layers: int = 0, n_tokens: int = 64, **sampling: float) -> float:
     """Generates tokens with ``Llama.generate`` and takes the median of what each costs outside of native functions.
 
     What cffi and the timing itself take counts as Python.
@@ -53,6 +53,7 @@ def measure_python_overhead(path: Path, n_threads: int, n_tokens: int = 64, **sa
     Args:
         path: GGUF with a vocabulary.
         n_threads: Threads of the native part.
+        n_gpu_layers: Layers on the first GPU.
         n_tokens: Tokens to time.
         **sampling: Arguments of ``Llama.generate``; greedy if none are given.
 
@@ -62,7 +63,9 @@ def measure_python_overhead(path: Path, n_threads: int, n_tokens: int = 64, **sa
     clock = _Clock()
     seconds = []
     with contextlib.ExitStack() as stack:
-        llm = stack.enter_context(Llama(str(path), n_ctx=2 * n_tokens, n_threads=n_threads, n_threads_batch=n_threads, verbose=False))
+        llm = stack.enter_context(
+            Llama(str(path), n_ctx=2 * n_tokens, n_threads=n_threads, n_threads_batch=n_threads, n_gpu_layers=n_gpu_layers, verbose=False)
+        )
         stack.enter_context(patch.object(native, "lib", _TimedLibrary(native.lib, clock)))
         tokens = llm.generate([1, 300, 301], **(sampling or {"temp": 0.0}))
         for _ in range(WARMUP + n_tokens):
