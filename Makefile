@@ -32,8 +32,8 @@ native-tests: $(VENV)/.deps
 	cmake -S . -B build/tests -DQCACHE_BUILD_TESTS=ON -DQCACHE_BUILD_PYTHON=OFF -DPython_EXECUTABLE=$(abspath $(BIN)/python) >build/tests.log 2>&1 || (cat build/tests.log; exit 1)
 	cmake --build build/tests --parallel $(JOBS)
 
-# GCC removes the stores of AMX's tile configuration as dead, and the first product of matrices would be an illegal instruction
-# (llama.cpp #26954)
+# GCC removes the stores of AMX's tile configuration as dead, and the first prompt of a quantised model would meet an illegal
+# instruction (llama.cpp #26954)
 ifneq ($(shell grep -m 1 -ow amx_int8 /proc/cpuinfo 2>/dev/null),)
 AMX_FLAGS := -fno-dse
 endif

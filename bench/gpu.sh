@@ -27,10 +27,10 @@ LAYERS=${LAYERS:-8}
 SEQS=${SEQS:-1,16,32}
 SITE=${SITE:-/tmp/qcache-site}
 PYTHON=${PYTHON:-python3}
-STEPS=("${@:-build op time model sanitize}")
+STEPS=" ${*:-build op time model sanitize} "
 status=0
 
-wanted() { [[ " ${STEPS[*]} " == *" $1 "* ]]; }
+wanted() { [[ "$STEPS" == *" $1 "* ]]; }
 
 # a command in what is left of the time
 limited() {
@@ -85,7 +85,7 @@ if wanted time; then
         local name=$1
         shift
         limited "$PYTHON" bench/bench_decode.py --gpu --layers "$LAYERS" --type q4_0 --steps 30 --json "$OUT/gpu-$name.json" "$@" >"$OUT/gpu-time.log" 2>&1 ||
-            { status=1 && tail -n 5 "$OUT/gpu-time.log"; }
+            { status=1; tail -n 5 "$OUT/gpu-time.log"; }
         echo "$name timed after $SECONDS s"
     }
     run llava-1.5-7b --preset llava-1.5-7b --contexts 2048 --seqs "$SEQS" --prefill 2048
@@ -98,7 +98,7 @@ if wanted model; then
     echo "model checked after $SECONDS s"
 fi
 
-if wanted sanitize; then
+if wanted sanitize && command -v compute-sanitizer >/dev/null; then
     QCACHE_OP_DEVICE=1 limited compute-sanitizer --error-exitcode 7 --target-processes all "$PYTHON" -m pytest -q tests/test_gpu_op.py \
         -k "test_types_and_modes or test_v_" >"$OUT/gpu-sanitizer.log" 2>&1 && echo "compute-sanitizer: no error" || {
         status=1

@@ -29,8 +29,8 @@ size_t qcache_graph::n_nodes_max(const qcache_step & step) {
     return 64 + per_layer * (step.model.hparams.n_layer + 1);
 }
 
-// Whole cache lines: ggml places a tensor at any multiple of 32 bytes, and where an odd number of indices shifts the activations
-// by half a line each vector of theirs lies in two (AMX's products take 1.3 to 1.4 times as long).
+// Whole cache lines: ggml places a tensor at any multiple of 32 bytes, and where a few indices shift the activations by half a
+// line each vector of theirs lies in two (AMX's products take 1.3 to 1.4 times as long).
 static ggml_tensor * new_indices(ggml_context * ctx, int32_t n) {
     constexpr int32_t per_line = 64 / sizeof(int32_t);
     ggml_tensor *     lines    = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, (n + per_line - 1) / per_line * per_line);

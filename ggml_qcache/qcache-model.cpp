@@ -73,7 +73,7 @@ struct loader {
         }
         if (use == weight_use::matmul && params.use_extra_bufts && !place->is_gpu) {
             for (auto buft : extra_bufts) {
-                if (supports_matmul(cpu, buft, shape)) {
+                if (supports_matmul(cpu, buft, shape) && qcache_buft_works(buft)) {
                     return buft;
                 }
             }
@@ -352,9 +352,7 @@ enum qcache_status load(const char * path, struct qcache_model_params params, qc
         ggml_backend_dev_backend_reg(cpu), "ggml_backend_dev_get_extra_bufts");
     if (get_extra_bufts != nullptr) {
         for (ggml_backend_buffer_type_t * buft = get_extra_bufts(cpu); buft != nullptr && *buft != nullptr; buft++) {
-            if (qcache_buft_works(cpu, *buft)) {
-                l.extra_bufts.push_back(*buft);
-            }
+            l.extra_bufts.push_back(*buft);
         }
     }
     l.plan();

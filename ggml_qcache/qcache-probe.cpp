@@ -3,6 +3,7 @@
 #include "qcache-probe.h"
 
 #include <ggml-cpp.h>
+#include <ggml-cpu.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -18,43 +19,28 @@
 #    include <ctime>
 #endif
 
-namespace {
-
-struct product {
-    ggml_backend_dev_t         device;
-    ggml_backend_buffer_type_t buft;
-};
-
-// several rows at once, which take AMX's tiles: a single row doesn't
-void multiply(void * arg) {
+// arg is the buffer type; several rows at once, which take AMX's tiles: a single row doesn't
+static void multiply(void * arg) {
     // the parent's log may need a lock, such as Python's
     ggml_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
 
-    const auto &     p = *(const product *) arg;
-    ggml_backend_ptr backend{ ggml_backend_dev_init(p.device, nullptr) };
+    ggml_backend_ptr backend{ ggml_backend_cpu_init() };
+    ggml_backend_cpu_set_n_threads(backend.get(), 1);
     ggml_context_ptr weights{ ggml_init({ ggml_tensor_overhead() * 2, nullptr, true }) };
     ggml_context_ptr rest{ ggml_init({ ggml_tensor_overhead() * 8 + ggml_graph_overhead(), nullptr, true }) };
     ggml_tensor *    w     = ggml_new_tensor_2d(weights.get(), GGML_TYPE_Q8_0, 256, 64);
     ggml_tensor *    x     = ggml_new_tensor_2d(rest.get(), GGML_TYPE_F32, 256, 32);
     ggml_cgraph *    graph = ggml_new_graph(rest.get());
     ggml_build_forward_expand(graph, ggml_mul_mat(rest.get(), w, x));
-    ggml_backend_buffer_ptr of_weights{ ggml_backend_alloc_ctx_tensors_from_buft(weights.get(), p.buft) };
+    ggml_backend_buffer_ptr of_weights{ ggml_backend_alloc_ctx_tensors_from_buft(weights.get(), (ggml_backend_buffer_type_t) arg) };
     ggml_backend_buffer_ptr of_rest{ ggml_backend_alloc_ctx_tensors(rest.get(), backend.get()) };
     const std::vector<char> zeros(ggml_nbytes(w) + ggml_nbytes(x));
     ggml_backend_tensor_set(w, zeros.data(), 0, ggml_nbytes(w));
     ggml_backend_tensor_set(x, zeros.data(), 0, ggml_nbytes(x));
-
-    const auto set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
-        ggml_backend_dev_backend_reg(p.device), "ggml_backend_set_n_threads");
-    if (set_n_threads != nullptr) {
-        set_n_threads(backend.get(), 1);
-    }
     if (ggml_backend_graph_compute(backend.get(), graph) != GGML_STATUS_SUCCESS) {
         abort();
     }
 }
-
-} // namespace
 
 bool qcache_survives(void (*work)(void * arg), void * arg, int n_ms) {
 #ifdef _WIN32
@@ -93,11 +79,10 @@ bool qcache_survives(void (*work)(void * arg), void * arg, int n_ms) {
 #endif
 }
 
-bool qcache_buft_works(ggml_backend_dev_t cpu, ggml_backend_buffer_type_t buft) {
+bool qcache_buft_works(ggml_backend_buffer_type_t buft) {
     if (strcmp(ggml_backend_buft_name(buft), "AMX") != 0) {
         return true;
     }
-    product           p     = { cpu, buft };
-    static const bool works = qcache_survives(multiply, &p);
+    static const bool works = qcache_survives(multiply, buft);
     return works;
 }

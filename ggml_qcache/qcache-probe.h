@@ -1,4 +1,4 @@
-// qcache-probe.h: whether the CPU can multiply with weights of one of its extra buffer types
+// qcache-probe.h: tries in a child process what may end the process
 
 #pragma once
 
@@ -8,6 +8,7 @@
 // there is no fork().
 bool qcache_survives(void (*work)(void * arg), void * arg, int n_ms = 5000);
 
-// Some ggml builds stop at an illegal instruction in the product of weights of a type that they offer: GCC removes the
-// stores of AMX's tile configuration as dead (llama.cpp #26954). Such types are asked once in a process.
-bool qcache_buft_works(ggml_backend_dev_t cpu, ggml_backend_buffer_type_t buft);
+// Whether the CPU can multiply with weights in a buffer type of its own. Some ggml builds offer AMX and stop at an illegal
+// instruction in it, because GCC removes the stores of the tile configuration as dead (llama.cpp #26954): AMX is tried, once
+// in a process.
+bool qcache_buft_works(ggml_backend_buffer_type_t buft);

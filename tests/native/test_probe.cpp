@@ -21,6 +21,6 @@ int main() {
     CHECK(!qcache_survives([](void *) { std::this_thread::sleep_for(std::chrono::hours(1)); }, nullptr, 50));
 
     ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    CHECK(qcache_buft_works(cpu, ggml_backend_dev_buffer_type(cpu)));
+    CHECK(qcache_buft_works(ggml_backend_dev_buffer_type(cpu)));
     return check_report("probe");
 }
