@@ -15,12 +15,13 @@ from ggml_qcache_convert.calibration import CalibrationSettings, Measured, calib
 from ggml_qcache_convert.calibration.runner import Runner
 from ggml_qcache_convert.calibration.correct import correct
 from ggml_qcache_convert.lazy_layers import leaders_of
-from quality_runs import Plan
+from quality_runs import BLOCK_TOKENS, Plan
 from scenes import TASKS, ask, make_scene, render
 
 CALIBRATION_SEED = 2_000_000  # training scenes far from any that a training run reaches
 CORRECTIONS = ("align_heads", "vis_bias", "refit")
 PRUNED_AFTER = 2  # layers, as in FastV
+N_CORRECTED = 16  # samples to correct on: thousands of rows, for matrices of a width of 96
 
 
 class Calibrator:
@@ -35,7 +36,7 @@ class Calibrator:
             prompts += [pair[0] for pair in (ask(scene, task, rng) for task in TASKS) if pair]
         self._llm = llm
         # as often as they are asked: of all different questions, hardly one is for a caption
-        self._kept = {"images": folder, "n_samples": n_samples, "prompts": sorted(prompts), "n_answer": 96}
+        self._kept = {"images": folder, "n_samples": n_samples, "prompts": sorted(prompts), "n_answer": 96, "block_tokens": BLOCK_TOKENS}
         self._measured: dict[str, Measured] = {}
         self.n_layer: int = llm.native_model.info.n_layer
 
@@ -59,7 +60,7 @@ class Calibrator:
         """A plan with some of its corrections."""
         started = time.monotonic()
         assert plan.leaders is not None
-        samples = self.measured(plan.mode).samples
+        samples = self.measured(plan.mode).samples[:N_CORRECTED]
         made = correct(self._llm, plan.leaders, samples, plan.mode, progress=True, **dict.fromkeys(wanted, True))
         names = "all" if len(wanted) > 1 else wanted[0]
         return replace(
@@ -82,11 +83,16 @@ class Calibrator:
 
     def most_saved(self, mode: str) -> float:
         """Share of the KV bytes that is saved with every layer lazy that can be."""
-        return Runner(self._llm, mode).kv_saved(leaders_of(range(1, self.n_layer), self.n_layer), self.measured(mode).samples)
+        runner = Runner(self._llm, mode, block_tokens=BLOCK_TOKENS)
+        return runner.kv_saved(leaders_of(range(1, self.n_layer), self.n_layer), self.measured(mode).samples)
 
     def visual_share(self) -> float:
         """Visual tokens of all tokens of the samples."""
         return self.measured("visual").visual_share
+
+    def n_visual(self) -> int:
+        """Visual tokens of a picture."""
+        return int(self.measured("visual").samples[0].visual.sum())
 
     def random(self, mode: str, n_lazy: int, draw: int) -> Plan:
         """Layers drawn at random."""
@@ -134,7 +140,7 @@ def make_plans(
                 yield Plan("pruned", prune=prune)
             share = budget / calibrator.visual_share()
             if "scaled" in controls and share < 1:
-                yield Plan("scaled", side=int((144 * (1 - share)) ** 0.5))
+                yield Plan("scaled", side=int((calibrator.n_visual() * (1 - share)) ** 0.5))
         for mode in modes:
             most = calibrator.most_saved(mode)
             for budget in (budget for budget in budgets if budget <= most):
@@ -152,6 +158,7 @@ def make_plans(
                 if "pruned" in controls and mode == "visual" and (prune := calibrator.prune(budget / 2)) is not None:
                     kept = leaders_of([layer for layer in best.lazy_layers if layer > PRUNED_AFTER], calibrator.n_layer)
                     yield Plan(f"{best.method} + pruned", mode, kept, prune=prune)
+        for mode in modes:
             for budget in mixed_budgets:
                 best = None
                 for metric in (metric for metric in metrics if metric != "js"):

@@ -256,13 +256,14 @@ def test_mixed_plans_meet_the_budget_and_cost_no_more_than_lazy_ones(mode: str) 
     assert (measured.drop_error > 0).all()
 
 
-def test_saved_bytes_are_those_of_the_cache() -> None:
+@pytest.mark.parametrize("block_tokens", [16, 32])
+def test_saved_bytes_are_those_of_the_cache(block_tokens: int) -> None:
     leaders = leaders_of([2, 3, 5, 7], N_LAYER, [0, 6])
     with load(lazy_layers="none", n_seq_max=9) as llm:
         measured = measure(llm, CalibrationSettings(**SETTINGS))
-        runner = Runner(llm, "visual")
+        runner = Runner(llm, "visual", block_tokens=block_tokens)
         kept = full = 0
-        with runner.context(leaders) as context:
+        with runner.context(leaders, block_tokens=block_tokens) as context:
             for sample in measured.samples:
                 runner.decode(context, sample, sample.rows)
                 kept += context.kv_usage()["bytes"]

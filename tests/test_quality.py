@@ -49,7 +49,7 @@ def test_a_place_is_not_a_mention():
 def test_grounds_lie_on_the_last_word_of_a_phrase():
     words = {*SHAPES, *(f"{shape}s" for shape in SHAPES), "shape", "shapes", "digits", *map(str, range(10))}
     for seed in range(10):
-        packed = sample(seed, "train")
+        packed = sample(seed, "train", 8)
         rows, slots = np.nonzero(packed["grounds"] >= 0)
         assert len(rows) > 10
         for row, slot in zip(rows, slots):
@@ -63,7 +63,7 @@ def test_grounds_lie_on_the_last_word_of_a_phrase():
 
 def test_packed_branches_are_dialogues_on_their_own():
     model = LlavaForConditionalGeneration.from_pretrained(MINI_LLAVA / "model", dtype=torch.float32).eval()
-    batch: Batch = collate([sample(seed, "heldout", single=True) for seed in (1, 2)])
+    batch: Batch = collate([sample(seed, "heldout", 8, single=True) for seed in (1, 2)])
     with torch.no_grad():
         out = forward(model, batch)
         places = out.chosen.nonzero()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from scenes import CELL, IMAGE_SIZE, TASKS, ask, auxiliary, make_scene
+from scenes import IMAGE_SIZE, TASKS, ask, auxiliary, make_scene
 from transformers import (
     AddedToken,
     CLIPImageProcessorPil,
@@ -29,11 +29,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
-
-PATCH = 8
-GRID = IMAGE_SIZE // PATCH  # patches a side
-N_VISUAL = GRID * GRID
-PATCHES_PER_CELL = CELL // PATCH
 
 PIECES = 702  # sentencepiece vocabulary; <image> and <pad> follow it, as in LLaVA-1.5
 IMAGE_ID, PAD_ID = PIECES, PIECES + 1
@@ -66,18 +61,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_config(hidden: int = 128, layers: int = 16, vision_hidden: int = 128, vision_layers: int = 5) -> LlavaConfig:
+def make_config(hidden: int, layers: int, patch: int, vision_hidden: int = 128, vision_layers: int = 5) -> LlavaConfig:
     """LLaVA-1.5's configuration in small.
 
     Args:
         hidden: width of the language model, a multiple of 32 (the head size).
         layers: decoder layers.
+        patch: pixels a side of a visual token, a divisor of the image's.
         vision_hidden: width of the CLIP tower, a multiple of 32.
         vision_layers: layers of the CLIP tower; features are taken before the last one.
     """
     vision = CLIPVisionConfig(
         hidden_size=vision_hidden, intermediate_size=4 * vision_hidden, num_hidden_layers=vision_layers,
-        num_attention_heads=vision_hidden // 32, image_size=IMAGE_SIZE, patch_size=PATCH, hidden_act="quick_gelu",
+        num_attention_heads=vision_hidden // 32, image_size=IMAGE_SIZE, patch_size=patch, hidden_act="quick_gelu",
         projection_dim=vision_hidden,
     )  # fmt: skip
     text = LlamaConfig(
@@ -87,7 +83,7 @@ def make_config(hidden: int = 128, layers: int = 16, vision_hidden: int = 128, v
         tie_word_embeddings=False,
     )  # fmt: skip
     return LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE_ID, image_seq_length=N_VISUAL,
+        vision_config=vision, text_config=text, image_token_index=IMAGE_ID, image_seq_length=(IMAGE_SIZE // patch) ** 2,
         projector_hidden_act="gelu", vision_feature_select_strategy="default", vision_feature_layer=-2,
         tie_word_embeddings=False, pad_token_id=PAD_ID,
     )  # fmt: skip
@@ -142,12 +138,12 @@ def make_tokenizer() -> tuple[LlamaTokenizer, bytes]:
     return tokenizer, model.getvalue()
 
 
-def make_processor(tokenizer: LlamaTokenizer) -> LlavaProcessor:
-    """CLIP preprocessing and the tokenizer in one."""
+def make_processor(tokenizer: LlamaTokenizer, patch: int) -> LlavaProcessor:
+    """CLIP preprocessing and the tokenizer in one, for visual tokens of ``patch`` pixels a side."""
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     images = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=side)
     return LlavaProcessor(
-        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
+        images, tokenizer, patch_size=patch, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
     )  # fmt: skip
 
@@ -166,7 +162,7 @@ def export(model: LlavaForConditionalGeneration, folder: Path) -> None:
     half.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=PAD_ID, do_sample=False)
     with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
         half.save_pretrained(staging)
-        processor = make_processor(tokenizer)
+        processor = make_processor(tokenizer, model.config.vision_config.patch_size)
         processor.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         processor.image_processor.save_pretrained(staging)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from architecture import GRID
 from packing import Batch, prefix
 from torch import nn
 from transformers import LlavaForConditionalGeneration
@@ -35,8 +34,8 @@ class PatchHeads(nn.Module):
         """Cross entropy summed over the readouts.
 
         Args:
-            features: [n, 144, width].
-            targets: [n, 5, 144], IGNORE where undefined.
+            features: [n, visual tokens, width].
+            targets: [n, 5, visual tokens], IGNORE where undefined.
 
         Returns:
             The loss, and the accuracy of each readout [5].
@@ -80,7 +79,7 @@ class GroundHead(nn.Module):
 
 
 def vision_features(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
-    """Output of the last but one layer of the tower without the class token, [n, 144, width]."""
+    """Output of the last but one layer of the tower without the class token, [n, visual tokens, width]."""
     tower = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
     hidden = tower.pre_layrnorm(tower.embeddings(pixels))
     for layer in tower.encoder.layers[:-1]:
@@ -139,14 +138,20 @@ def block(
     return x + F.linear(F.silu(gated) * raised, down)
 
 
+def compile_block() -> None:
+    """Has ``forward`` run compiled layers from now on."""
+    global block
+    block = torch.compile(block, dynamic=False)
+
+
 class Outputs(NamedTuple):
     """What a forward gives.
 
     Attributes:
         logits: [m, vocabulary] of the m targets that are not IGNORE, in row-major order.
         chosen: bool [n, rows, length]: those targets.
-        features: [n, 144, vision width], of the tower.
-        visual: [n, 144, width], the visual tokens.
+        features: [n, visual tokens, vision width], of the tower.
+        visual: [n, visual tokens, width], the visual tokens.
         middle: [n, rows * length, width], the text's hidden states halfway through the decoder.
     """
 
@@ -170,7 +175,7 @@ def forward(model: LlavaForConditionalGeneration, batch: Batch) -> Outputs:
     n, rows, length = batch.tokens.shape
     start = lm.embed_tokens(torch.tensor(prefix(), device=batch.tokens.device)).expand(n, -1, -1)
     x = torch.cat((start, visual.to(start.dtype), lm.embed_tokens(batch.tokens.flatten(1))), dim=1)
-    n_prefix = len(prefix()) + GRID * GRID
+    n_prefix = len(prefix()) + visual.shape[1]
 
     positions = torch.cat(
         (torch.arange(n_prefix, device=x.device).expand(n, -1), n_prefix + batch.positions.flatten(1)), dim=1

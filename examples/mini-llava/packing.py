@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from architecture import GRID, PATCHES_PER_CELL, make_tokenizer
-from scenes import COLOURS, SHAPES, SIZES, TASKS, Scene, ask, auxiliary, make_scene, mentions, render
+from architecture import make_tokenizer
+from scenes import CELL, COLOURS, IMAGE_SIZE, SHAPES, SIZES, TASKS, Scene, ask, auxiliary, make_scene, mentions, render
 
 ROWS = 3
 ROW_LENGTH = 128
@@ -44,7 +44,7 @@ class Batch:
         turns: i64, same shape: number of the answer within the sample.
         grounds: i64, same shape: at the last token of a noun phrase of a question, bit p says whether an object that fits
             it is at place p; -1 elsewhere.
-        patches: i64 [n, 5, 144]: kind, colour, size, digit and place of each patch's cell; IGNORE where undefined.
+        patches: i64 [n, 5, visual tokens]: kind, colour, size, digit and place of each patch's cell; IGNORE where undefined.
     """
 
     pixels: torch.Tensor
@@ -113,8 +113,8 @@ def pixels(scene: Scene) -> np.ndarray:
     return ((image - _MEAN) / _STD).transpose(2, 0, 1)
 
 
-def patch_targets(scene: Scene) -> np.ndarray:
-    """What lies in each patch's cell, i64 [5, 144]: kind (0 is empty), colour, size, digit, place."""
+def patch_targets(scene: Scene, patch: int) -> np.ndarray:
+    """What lies in the cell of each patch's middle, i64 [5, visual tokens]: kind (0 is empty), colour, size, digit, place."""
     cells = np.full((5, 3, 3), IGNORE, dtype=np.int64)
     cells[0] = 0
     cells[4] = np.arange(9).reshape(3, 3)
@@ -125,7 +125,8 @@ def patch_targets(scene: Scene) -> np.ndarray:
         else:
             cells[0][at] = 1 + SHAPES.index(t.kind)
             cells[1][at], cells[2][at] = list(COLOURS).index(t.colour), SIZES.index(t.size)
-    return cells.repeat(PATCHES_PER_CELL, axis=1).repeat(PATCHES_PER_CELL, axis=2).reshape(5, GRID * GRID)
+    middle = np.arange(patch // 2, IMAGE_SIZE, patch) // CELL
+    return cells[:, middle[:, None], middle].reshape(5, -1)
 
 
 def _dialogue(scene: Scene, rng: random.Random, single: bool) -> list[tuple[str, str, str]]:
@@ -138,11 +139,12 @@ def _dialogue(scene: Scene, rng: random.Random, single: bool) -> list[tuple[str,
     return turns
 
 
-def sample(seed: int, split: str, single: bool = False) -> dict[str, np.ndarray]:
+def sample(seed: int, split: str, patch: int, single: bool = False) -> dict[str, np.ndarray]:
     """Packs one scene.
 
     Args:
         seed, split: of the scene; they also fix the questions.
+        patch: pixels a side of a visual token.
         single: only one-turn dialogues, as the evaluation has them.
 
     Returns:
@@ -193,7 +195,7 @@ def sample(seed: int, split: str, single: bool = False) -> dict[str, np.ndarray]
         if dialogue and not place(dialogue):
             misses += 1
     return dict(pixels=pixels(scene), tokens=tokens, positions=positions, branch=branch, targets=targets,
-                weights=weights, tasks=tasks, turns=turns, grounds=grounds, patches=patch_targets(scene))  # fmt: skip
+                weights=weights, tasks=tasks, turns=turns, grounds=grounds, patches=patch_targets(scene, patch))  # fmt: skip
 
 
 def collate(samples: list[dict[str, np.ndarray]]) -> Batch:
@@ -207,17 +209,18 @@ class Packed(torch.utils.data.Dataset):
     Args:
         size: scenes a batch.
         first, last: range of batch numbers.
+        patch: pixels a side of a visual token.
     """
 
-    def __init__(self, size: int, first: int, last: int):
-        self.size, self.first, self.last = size, first, last
+    def __init__(self, size: int, first: int, last: int, patch: int):
+        self.size, self.first, self.last, self.patch = size, first, last, patch
 
     def __len__(self) -> int:
         return self.last - self.first
 
     def __getitem__(self, index: int) -> Batch:
         start = (self.first + index) * self.size
-        return collate([sample(seed, "train") for seed in range(start, start + self.size)])
+        return collate([sample(seed, "train", self.patch) for seed in range(start, start + self.size)])
 
 
 class Patches(Packed):
@@ -228,5 +231,5 @@ class Patches(Packed):
         scenes = [make_scene(seed, "train") for seed in range(start, start + self.size)]
         return (
             torch.from_numpy(np.stack([pixels(s) for s in scenes])),
-            torch.from_numpy(np.stack([patch_targets(s) for s in scenes])),
+            torch.from_numpy(np.stack([patch_targets(s, self.patch) for s in scenes])),
         )

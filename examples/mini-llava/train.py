@@ -6,8 +6,8 @@ starts shallow, which makes a step several times cheaper while the tasks are fou
 The checkpoint is exported to ``model/`` at every evaluation, and training goes on from ``--checkpoint`` where that file
 exists.
 
-    python train.py                      # about 100 minutes on two cores; a GPU is used if there is one (not tried)
-    python train.py --minutes 90         # stage 2 by the clock: the schedule ends after 90 minutes, whatever the speed
+    python train.py                      # about 110 minutes on two cores; a GPU is used if there is one (not tried)
+    python train.py --minutes 66         # stage 2 by the clock: the schedule ends after 66 minutes, whatever the speed
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from architecture import export, make_config
-from forward import GroundHead, PatchHeads, forward, vision_features
+from forward import GroundHead, PatchHeads, compile_block, forward, vision_features
 from packing import Batch, Packed, Patches, collate, pixels, sample
 from scenes import TASKS, make_scene
 from torch.utils.data import DataLoader
@@ -41,10 +41,11 @@ def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=HERE / "model", help="folder of the exported checkpoint")
     p.add_argument("--checkpoint", type=Path, default=HERE / "train-checkpoint.pt", help="state to resume from")
-    p.add_argument("--hidden", type=int, default=128, help="width of the language model, a multiple of 32")
-    p.add_argument("--layers", type=int, default=16, help="decoder layers")
+    p.add_argument("--hidden", type=int, default=96, help="width of the language model, a multiple of 32")
+    p.add_argument("--layers", type=int, default=32, help="decoder layers")
+    p.add_argument("--patch", type=int, default=6, help="pixels a side of a visual token, a divisor of 96")
     p.add_argument("--start-layers", type=int, default=4, help="decoder layers before it grows, a divisor of --layers")
-    p.add_argument("--grow-at", type=float, default=0.55, help="share of stage 2 after which it grows to --layers")
+    p.add_argument("--grow-at", type=float, default=0.4, help="share of stage 2 after which it grows to --layers")
     p.add_argument("--vision-steps", type=int, default=1000, help="steps of stage 1")
     p.add_argument("--vision-batch", type=int, default=32, help="pictures a step in stage 1")
     p.add_argument("--steps", type=int, default=7500, help="steps of stage 2")
@@ -54,31 +55,26 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--eval-minutes", type=float, default=5.0, help="time between evaluations, saves and exports")
     p.add_argument("--workers", type=int, default=1, help="processes that draw scenes; about 8 for a GPU")
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    p.add_argument("--compile", action="store_true", help="compile the decoder layer: a fifth less time on a CPU, needs a C++ compiler")
     p.add_argument("--seed", type=int, default=0, help="seed of the weights; scenes are numbered from 0 regardless")
     return p.parse_args()
 
 
-def start_layers(model: LlavaForConditionalGeneration) -> None:
-    """Draws the matrices of the decoder layers."""
-    layers = model.model.language_model.layers
-    for layer in layers:
-        for name, p in layer.named_parameters():
-            if p.dim() == 2:
-                gain = (2 * len(layers)) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-                torch.nn.init.normal_(p, std=gain * p.shape[1] ** -0.5)
-
-
-def make_model(hidden: int, layers: int, seed: int) -> LlavaForConditionalGeneration:
+def make_model(hidden: int, layers: int, patch: int, seed: int) -> LlavaForConditionalGeneration:
     """Fresh weights.
 
     Matrices have unit gain and what is added to the residual stream is scaled by depth: Hugging Face's standard
     deviation of 0.02 is far too small for a width of 128 and 16 layers.
     """
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(make_config(hidden=hidden, layers=layers))
+    model = LlavaForConditionalGeneration(make_config(hidden=hidden, layers=layers, patch=patch))
     lm = model.model.language_model
     torch.nn.init.normal_(lm.embed_tokens.weight, std=0.5)
-    start_layers(model)
+    for layer in lm.layers:
+        for name, p in layer.named_parameters():
+            if p.dim() == 2:
+                gain = (2 * layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                torch.nn.init.normal_(p, std=gain * p.shape[1] ** -0.5)
     projector = model.model.multi_modal_projector
     for linear in (projector.linear_1, projector.linear_2):
         torch.nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
@@ -87,10 +83,11 @@ def make_model(hidden: int, layers: int, seed: int) -> LlavaForConditionalGenera
 
 @torch.no_grad()
 def grown(model: LlavaForConditionalGeneration, layers: int) -> LlavaForConditionalGeneration:
-    """The model with fresh layers between its own, which add little at first.
+    """The model with each layer split into copies of itself that add a share each.
 
-    Layers that add nothing at first were tried: they went on adding nothing, and a model whose layers are idle cannot
-    show what a lazy layer costs.
+    So neighbours begin with the same attention, as those of large models have nearly the same. Fresh layers between the old
+    ones were tried, with a small output and with none: their attention was hardly needed or not at all, and a model whose
+    attention can be dropped cannot show what sharing it costs.
 
     Args:
         model: the model; left as it is.
@@ -103,15 +100,12 @@ def grown(model: LlavaForConditionalGeneration, layers: int) -> LlavaForConditio
     if getattr(config.text_config, "layer_types", None):
         config.text_config.layer_types = ["full_attention"] * layers
     result = LlavaForConditionalGeneration(config).to(next(model.parameters()).device).train(model.training)
-    start_layers(result)
     kept = {name: value for name, value in model.state_dict().items() if "language_model.layers." not in name}
     result.load_state_dict(kept, strict=False)
     for i, layer in enumerate(result.model.language_model.layers):
-        if i % copies == 0:
-            layer.load_state_dict(old[i // copies].state_dict())
-        else:
-            layer.self_attn.o_proj.weight.mul_(0.3)
-            layer.mlp.down_proj.weight.mul_(0.3)
+        layer.load_state_dict(old[i // copies].state_dict())
+        layer.self_attn.o_proj.weight.div_(copies)
+        layer.mlp.down_proj.weight.div_(copies)
     return result
 
 
@@ -188,7 +182,7 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = make_model(args.hidden, args.start_layers, args.seed).to(self.device).train()
+        model = make_model(args.hidden, args.start_layers, args.patch, args.seed).to(self.device).train()
         self.heads = PatchHeads(model.config.vision_config.hidden_size).to(self.device)
         self.kept = PatchHeads(args.hidden).to(self.device)
         self.ground = GroundHead(args.hidden).to(self.device)
@@ -262,7 +256,7 @@ class Run:
         args = self.args
         optimizers = make_optimizers([(self.tower, 1.0), (self.heads, 1.0)], args.lr)
         params = [*self.tower.parameters(), *self.heads.parameters()]
-        batches = self.loader(Patches(args.vision_batch, 0, args.vision_steps))
+        batches = self.loader(Patches(args.vision_batch, 0, args.vision_steps, args.patch))
         for step, (images, patches) in enumerate(tqdm(batches, desc="vision")):
             set_rate(optimizers, step, step / args.vision_steps)
             with self.autocast():
@@ -315,9 +309,9 @@ class Run:
         args = self.args
         last = args.steps if args.minutes is None else 10**9
         numbers = range(VALIDATION_SEED, VALIDATION_SEED + 64)
-        held_out = [collate([sample(s, "heldout", single=True) for s in numbers[i : i + 16]]) for i in range(0, 64, 16)]
+        held_out = [collate([sample(s, "heldout", args.patch, single=True) for s in numbers[i : i + 16]]) for i in range(0, 64, 16)]
         held_out = [b.to(self.device) for b in held_out]
-        bar = tqdm(self.loader(Packed(args.batch, self.step, last)), desc="llava", initial=self.step,
+        bar = tqdm(self.loader(Packed(args.batch, self.step, last, args.patch)), desc="llava", initial=self.step,
                    total=None if args.minutes else last)  # fmt: skip
         clock, reported = time.monotonic(), time.monotonic()
         running, grown_at = None, self.step
@@ -368,6 +362,8 @@ class Run:
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
+    if args.compile:
+        compile_block()
     run = Run(args)
     if args.checkpoint.exists():
         run.load()

@@ -50,6 +50,7 @@ class CalibrationSettings:
         prompts: What is asked.
         n_answer: Longest answer in tokens.
         n_other_rows: Prompt rows looked at in a sample beside those of the answer, half of them visual.
+        block_tokens: Tokens of a KV block, in which bytes are counted.
         seed: Seed of the choice of pairs and rows.
     """
 
@@ -67,6 +68,7 @@ class CalibrationSettings:
     prompts: Sequence[str] = PROMPTS
     n_answer: int = 32
     n_other_rows: int = 32
+    block_tokens: int = 32
     seed: int = 0
 
     @property
@@ -284,7 +286,7 @@ def calibrate(
         QCacheError: The runtime failed.
     """
     measured = measured or measure(llm, settings, progress, n_threads)
-    runner = Runner(llm, settings.mode, n_threads)
+    runner = Runner(llm, settings.mode, n_threads, settings.block_tokens)
     divergence = measured.js_divergence
     threshold = settings.threshold
     if settings.layers is not None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Runner:
     """Runs plans of lazy layers on samples, on an already loaded model."""
 
-    def __init__(self, llm: "Llama", mode: str, n_threads: int = 0) -> None:
-        """Takes the model of a ``Llama``."""
+    def __init__(self, llm: "Llama", mode: str, n_threads: int = 0, block_tokens: int = 32) -> None:
+        """Takes the model of a ``Llama``; KV bytes are counted in blocks of ``block_tokens`` tokens."""
         from ggml_qcache.native import Context
 
         self._context_class = Context
@@ -29,6 +29,7 @@ class Runner:
         self.weights = Weights.of(llm.native_model)
         self._mode = mode
         self._n_threads = n_threads
+        self._block_tokens = block_tokens
         self.n_layer: int = self._model.info.n_layer
 
     def context(self, leaders: Sequence[int] | None, vis_bias: npt.NDArray[np.float32] | None = None, **params: Any) -> Any:
@@ -73,13 +74,12 @@ class Runner:
 
     def kv_bytes(self, leaders: Sequence[int], samples: Sequence[Sample]) -> tuple[int, int]:
         """KV bytes that a plan saves on samples, and those of a full cache, counted in the blocks that each of them fills."""
-        with self.context(leaders) as context:
+        with self.context(leaders, block_tokens=self._block_tokens) as context:
             usage = context.kv_usage()
-        n_block = usage["n_block_tokens"]
         kept = full = 0
         for sample in samples:
             for first, last in _runs(sample.visual):
-                n_blocks = -(-(last - first) // n_block)
+                n_blocks = -(-(last - first) // self._block_tokens)
                 kept += n_blocks * usage["bytes_block_visual" if sample.visual[first] else "bytes_block_text"]
                 full += n_blocks * usage["bytes_block_full"]
         return full - kept, full
