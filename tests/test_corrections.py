@@ -161,6 +161,7 @@ def test_each_correction_alone_and_all_together(llm: Llama, mode: str) -> None:
         for error in made.errors:
             steps = [error.shared, error.aligned, error.biased, error.refitted]
             assert [step is not None for step in steps[1:]] == [name in wanted for name in ("align_heads", "vis_bias", "refit")]
+            assert error.aligned is None or error.aligned <= error.shared
             assert (error.revalued is not None) == (error.refitted is not None)
             if error.refitted is not None:
                 assert error.revalued <= error.refitted and error.last == error.revalued

@@ -254,6 +254,7 @@ def measure_samples(
         errors, dropped = errors + found[0], dropped + found[1]
         log_probs.append(log_softmax(looked.logits[sample.answer_rows]))
         samples.append(sample)
+        del looked, last  # else the next sample's come beside them
     divergence += divergence.T
     return Measured(samples, divergence / len(samples), errors / len(samples), dropped / len(samples), log_probs)
 

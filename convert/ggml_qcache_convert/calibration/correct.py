@@ -189,10 +189,12 @@ class _Corrector:
         self.model.set_weight(name, values)
         self.weights[name] = values
 
-    def restore(self) -> None:
-        """Gives the model its own weights back."""
-        for name in self.weights:
-            self.model.set_weight(name, self.file[name])
+    def undo(self, weights: dict[str, Array]) -> None:
+        """Puts the weights of an earlier time in force: ``weights`` as they were then."""
+        for name, values in self.weights.items():
+            if values is not weights.get(name):
+                self.model.set_weight(name, weights[name] if name in weights else self.file[name])
+        self.weights = weights
 
     def output_bias(self, layer: int) -> Array | float:
         """W_o's bias, 0 where there is none."""
@@ -348,13 +350,12 @@ class _Corrector:
         change = ridge.solve()
         if change is None:
             return error, error
-        old, others = self.weight(layer, "attn_v.weight"), dict(self.weights)
+        old, before = self.weight(layer, "attn_v.weight"), dict(self.weights)
         self.set_weight(layer, "attn_v.weight", old + (change.reshape(len(old), -1) @ directions).astype(np.float32))
         after, _ = self.residuals(layer, False)
         if after < error:
             return error, after
-        self.model.set_weight(name, old)
-        self.weights = others
+        self.undo(before)
         return error, error
 
 
@@ -377,7 +378,7 @@ def correct(
         leaders: ``[n_layer]``.
         samples: What it is measured on.
         mode: ``visual`` or ``global``.
-        align_heads: Permute a lazy layer's heads, so that each gets the leader's attention that serves it best.
+        align_heads: Permute a lazy layer's heads, so that each gets the leader's attention that serves it best; kept when it helps.
         vis_bias: Match each head's mean attention mass on visual keys in rows of text; ``visual`` mode only.
         refit: Refit W_o to the residual stream of the untouched model, then W_v where that helps.
         progress: Show a progress bar on stderr.
@@ -405,20 +406,27 @@ def correct(
                     errors.append(_correct_layer(corrector, layer, align_heads, vis_bias, refit))
                     bar.update()
                 corrector.pass_block(first, end - 1)
+        weights = corrector.weights
     finally:
-        corrector.restore()
-    return Corrections(corrector.weights, corrector.vis_bias if vis_bias else None, errors)
+        corrector.undo({})
+    return Corrections(weights, corrector.vis_bias if vis_bias else None, errors)
 
 
 def _correct_layer(corrector: _Corrector, layer: int, align_heads: bool, vis_bias: bool, refit: bool) -> LayerError:
     """Makes the corrections asked for; the error is measured after each."""
-    steps = [("aligned", corrector.align)] if align_heads else []
-    steps += [("biased", corrector.bias)] if vis_bias else []
     found: dict[str, float] = {}
-    found["shared"], ridge = corrector.residuals(layer, refit and not steps)
-    for i, (name, step) in enumerate(steps):
-        step(layer)
-        found[name], ridge = corrector.residuals(layer, refit and i == len(steps) - 1)
+    found["shared"], ridge = corrector.residuals(layer, refit and not align_heads and not vis_bias)
+    if align_heads:
+        before = dict(corrector.weights), corrector.scores[layer]
+        corrector.align(layer)
+        found["aligned"], ridge = corrector.residuals(layer, refit and not vis_bias)
+        if found["aligned"] > found["shared"]:
+            corrector.undo(before[0])
+            corrector.scores[layer] = before[1]
+            found["aligned"], ridge = corrector.residuals(layer, refit and not vis_bias)
+    if vis_bias:
+        corrector.bias(layer)
+        found["biased"], ridge = corrector.residuals(layer, refit)
     if ridge is not None:
         corrector.refit(layer, ridge)
         found["refitted"], found["revalued"] = corrector.refit_values(layer)
