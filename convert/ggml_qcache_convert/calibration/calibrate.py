@@ -372,13 +372,15 @@ def _by_loss(
     starts = _by_output(settings, measured, budget)
     if not settings.drop_attention:
         starts.append(by_divergence(measured.js_divergence, budget.n_lazy()))
-    start, least = starts[0], math.inf
+    start, least, added = starts[0], math.inf, [0.0] * len(measured.samples)
     for plan in starts:
-        if (kl := runner.kl(plan, measured, least)) < least:
-            start, least = plan, kl
+        by_sample = runner.kl_by_sample(plan, measured, least)
+        if (kl := sum(by_sample)) < least:
+            start, least, added = plan, kl, by_sample
     # one round of steps; further rounds follow only after an improvement
     n_steps = sum(1 for _ in neighbours(start, settings.drop_attention))
-    numbers = range(len(measured.samples))
+    # the samples that suffer most come first: a worse plan shows itself there
+    numbers = sorted(range(len(measured.samples)), key=added.__getitem__, reverse=True)
     used, others = ([i for i in numbers if (i % 4 == 1) == other] for other in (False, True))
     with tqdm(total=1 + n_steps, desc="trying plans", unit="plan", disable=not progress) as bar:
 

@@ -62,15 +62,25 @@ class Runner:
         vis_bias: npt.NDArray[np.float32] | None = None,
     ) -> float:
         """Mean KL divergence over answer rows, nats; stops above ``to_beat``, where the value is a lower bound."""
+        return float(sum(self.kl_by_sample(leaders, measured, to_beat, vis_bias)))
+
+    def kl_by_sample(
+        self,
+        leaders: Sequence[int],
+        measured: "Measured",
+        to_beat: float = math.inf,
+        vis_bias: npt.NDArray[np.float32] | None = None,
+    ) -> list[float]:
+        """What each sample adds to ``kl``; those after ``to_beat`` is reached are left out."""
         n_rows = sum(len(log_p) for log_p in measured.log_probs)
-        total = 0.0
+        added: list[float] = []
         with self.context(leaders, vis_bias) as context:
             for sample, log_p in zip(measured.samples, measured.log_probs, strict=True):
                 self.decode(context, sample, sample.rows[sample.answer_rows])
-                total += float(kl_divergence(log_p, self.answer_log_probs(context, sample)).sum())
-                if total / n_rows >= to_beat:
+                added.append(float(kl_divergence(log_p, self.answer_log_probs(context, sample)).sum()) / n_rows)
+                if sum(added) >= to_beat:
                     break
-        return total / n_rows
+        return added
 
     def kv_bytes(self, leaders: Sequence[int], samples: Sequence[Sample]) -> tuple[int, int]:
         """KV bytes that a plan saves on samples, and those of a full cache, counted in the blocks that each of them fills."""
