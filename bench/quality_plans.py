@@ -21,7 +21,7 @@ from scenes import TASKS, ask, make_scene, render
 CALIBRATION_SEED = 2_000_000  # training scenes far from any that a training run reaches
 CORRECTIONS = ("align_heads", "vis_bias", "refit")
 PRUNED_AFTER = 2  # layers, as in FastV
-N_CORRECTED = 16  # samples to correct on: thousands of rows, for matrices of a width of 96
+N_CORRECTED = 32  # samples to correct on: thousands of rows, for matrices of a width of 96
 
 
 class Calibrator:
