@@ -25,7 +25,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from ggml_qcache.native import Model
-from ggml_qcache_convert.calibration import N_SEQ_MAX, CalibrationSettings
+from ggml_qcache_convert.calibration import LOOK_BLOCK_TOKENS, N_SEQ_MAX, CalibrationSettings
 from ggml_qcache_convert.calibration.calibrate import N_CHECKED, measure_samples
 from ggml_qcache_convert.calibration.correct import correct
 from ggml_qcache_convert.calibration.runner import Runner
@@ -64,7 +64,7 @@ def run(path: Path, n_samples: int, threads: int, corrects: bool) -> dict[str, f
         settings, n_layer = CalibrationSettings(images=[], mode="visual"), model.info.n_layer
         leaders = leaders_of([layer for layer in range(n_layer) if layer % 4], n_layer)  # 3 of 4 layers lazy
         runner = Runner(llm, settings.mode, threads)
-        with runner.context(None, n_ctx=1024, n_seq_max=N_SEQ_MAX) as context:
+        with runner.context(None, n_ctx=1024, n_seq_max=N_SEQ_MAX, block_tokens=LOOK_BLOCK_TOKENS) as context:
             context.decode(samples[0].tokens[:64], samples[0].embeddings[:64], modality=samples[0].visual[:64])
             started = time.monotonic()
             for _ in range(N_ANSWER):

@@ -1,7 +1,7 @@
 """What lazy and dropped layers cost in accuracy, on the mini-LLaVA's held-out scenes, beside other ways to save KV bytes.
 
 The layers are chosen on training scenes by each metric at each budget, then every plan answers the same questions: greedy,
-through our own runtime. One run gives one table, and JSON with `--json`.
+through our own runtime. One run gives one table, and JSON with `--json`; `--resume` goes on with one that was interrupted.
 
     python bench/bench_quality.py --scenes 1000 --modes visual,global --budgets 0.2,0.3 --mixed-budgets 0.35 --json quality.json
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 import tempfile
@@ -53,14 +54,7 @@ def row(plan: Plan, answers: Answers, untouched: Answers, tests: Sequence[Test])
     captions = np.array([test[1] == "caption" for test in tests])
     n = answers.n_tokens.sum()
     return {
-        "method": plan.method,
-        "mode": plan.mode,
-        "lazy_layers": plan.lazy_layers,
-        "leaders": None if plan.leaders is None else list(plan.leaders),
-        "kv_type": plan.kv_type,
-        "prune": plan.prune,
-        "visual_tokens_a_side": plan.side,
-        "dropped_layers": plan.dropped_layers,
+        **plan.facts(),
         "kv_saved": 1 - answers.kv_bytes / answers.full_bytes,
         "mean_loss_points": float(np.mean(list(losses.values()))),
         "closed_mean": scored["closed_mean"],
@@ -103,12 +97,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--calibration-samples", type=int, default=32, help="training scenes to choose on")
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="threads, a context each")
     p.add_argument("--json", type=Path, help="write the rows here too, after each of them")
+    p.add_argument("--resume", action="store_true", help="take rows of plans without corrections from --json's file where it has them")
     args = p.parse_args(argv)
     for name in ("modes", "metrics", "budgets", "mixed_budgets", "controls"):
         setattr(args, name, [part for part in getattr(args, name).split(",") if part])
     args.budgets, args.mixed_budgets = ([float(budget) for budget in budgets] for budgets in (args.budgets, args.mixed_budgets))
     if unknown := sorted(set(args.controls) - set(CONTROLS)):
         p.error(f"--controls {','.join(unknown)} isn't among {','.join(CONTROLS)}")
+    if args.resume and not (args.json and args.json.is_file()):
+        p.error(f"--resume goes on with the file of --json, got {args.json}")
     if args.scenes < 1 or args.calibration_samples < 1 or args.threads < 1:
         p.error(f"--scenes {args.scenes}, --calibration-samples {args.calibration_samples}, --threads {args.threads} must be positive")
     return args
@@ -119,6 +116,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     tests = test_set(args.scenes)
     result = {**facts("quality", argv), "scenes": args.scenes, "rows": []}
+    earlier: list[dict[str, Any]] = []
+    if args.resume:
+        begun = json.loads(args.json.read_text())
+        if begun["scenes"] != args.scenes:
+            raise SystemExit(f"{args.json} is of {begun['scenes']} scenes, not {args.scenes}")
+        earlier, result["begun_at_commit"] = begun["rows"], begun["commit"]
     with tempfile.TemporaryDirectory() as folder:
         model, mmproj = Path(folder) / "model.gguf", Path(folder) / "mmproj.gguf"
         convert(args.model, model, mmproj, outtype=args.outtype)
@@ -128,15 +131,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             prompts = list(tqdm(make_prompts(llm, tests), desc="pictures", total=args.scenes, unit="scene"))
             untouched = run_plan(llm, Plan("none"), tests, prompts, None, args.threads)
 
-            def add(plan: Plan, answers: Answers) -> None:
-                result["rows"].append(row(plan, answers, untouched, tests))
+            def add(made: dict[str, Any]) -> None:
+                result["rows"].append(made)
                 if args.json:
                     write_result(result, args.json)
 
-            add(Plan("none"), untouched)
+            add(row(Plan("none"), untouched, untouched, tests))
             plans = make_plans(llm, args.modes, args.metrics, args.budgets, args.mixed_budgets, args.controls, args.calibration_samples)
             for plan in plans:
-                add(plan, run_plan(llm, plan, tests, prompts, untouched, args.threads))
+                known = None if plan.corrected else next((r for r in earlier if plan.facts().items() <= r.items()), None)
+                add(known or row(plan, run_plan(llm, plan, tests, prompts, untouched, args.threads), untouched, tests))
     Console(width=180).print(table(result["rows"], args.scenes))
     return 0
 

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -71,10 +72,14 @@ class Calibrator:
     def dropped(self, budget: float) -> Plan:
         """As many layers without attention as the budget takes, those whose loss alone changes the logits least."""
         started = time.monotonic()
-        runner, measured = Runner(self._llm, "visual"), self.measured("visual")
-        costs = [runner.kl(leaders_of((), self.n_layer, [layer]), measured) for layer in range(self.n_layer)]
-        chosen = np.argsort(costs)[: int(np.ceil(budget * self.n_layer))].tolist()
+        chosen = np.argsort(self._drop_costs)[: int(np.ceil(budget * self.n_layer))].tolist()
         return Plan("attention dropped", leaders=leaders_of((), self.n_layer, chosen), seconds=time.monotonic() - started)
+
+    @cached_property
+    def _drop_costs(self) -> list[float]:
+        """KL divergence of the logits without each layer's attention."""
+        runner, measured = Runner(self._llm, "visual"), self.measured("visual")
+        return [runner.kl(leaders_of((), self.n_layer, [layer]), measured) for layer in range(self.n_layer)]
 
     def prune(self, budget: float) -> tuple[int, float] | None:
         """Layers that see every token, and share of an image's tokens to keep after them; None: the budget can't be met so."""

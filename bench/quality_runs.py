@@ -106,6 +106,24 @@ class Plan:
         """The layers without attention, ascending."""
         return dropped_of(self.leaders or [])
 
+    @property
+    def corrected(self) -> bool:
+        """Whether weights or biases are changed."""
+        return bool(self.weights) or self.vis_bias is not None
+
+    def facts(self) -> dict[str, Any]:
+        """What a row of the JSON tells about it, corrections aside."""
+        return {
+            "method": self.method,
+            "mode": self.mode,
+            "lazy_layers": self.lazy_layers,
+            "leaders": None if self.leaders is None else list(self.leaders),
+            "kv_type": self.kv_type,
+            "prune": None if self.prune is None else list(self.prune),
+            "visual_tokens_a_side": self.side,
+            "dropped_layers": self.dropped_layers,
+        }
+
     def context_params(self) -> dict[str, Any]:
         """What ``Context`` is made with."""
         lazy: dict[str, Any] = {"lazy_mode": "off"}

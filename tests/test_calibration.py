@@ -16,6 +16,7 @@ from ggml_qcache import Llama
 from ggml_qcache_convert import dropped_of, lazy_of, leaders_of
 from ggml_qcache_convert.calibration import CalibrationSettings, calibrate, measure
 from ggml_qcache_convert.calibration.attention import js_divergence, kl_divergence, length_keeping, log_softmax, sharing_errors
+from ggml_qcache_convert.calibration.ondisk import OnDisk, Some
 from ggml_qcache_convert.calibration.runner import Runner
 from ggml_qcache_convert.calibration.samples import choose_pairs
 from ggml_qcache_convert.calibration.select import by_cost, by_descent, by_divergence, by_threshold, neighbours
@@ -39,6 +40,23 @@ def plans(n_layer: int, kinds: str) -> list[list[int]]:
 
 def n_lazy(leaders: list[int]) -> int:
     return len(lazy_of(leaders))
+
+
+def test_lists_on_disk_are_lists():
+    items = [np.arange(n) for n in range(4)]
+    listed = OnDisk(items[:3])
+    assert [len(item) for item in listed] == [0, 1, 2]
+    first = listed[0]
+    listed.append(items[3])  # after a read
+    assert first is not listed[0] and len(listed) == 4
+    np.testing.assert_equal(list(listed), items)
+    np.testing.assert_equal(list(listed[1:]), items[1:])
+    chosen = Some(listed, [3, 0, 2])
+    np.testing.assert_equal(list(chosen), [items[3], items[0], items[2]])
+    np.testing.assert_equal(list(chosen[1:]), [items[0], items[2]])
+    for beyond in (listed, chosen):
+        with pytest.raises(IndexError):
+            beyond[4]
 
 
 @pytest.mark.parametrize("seed", range(10))

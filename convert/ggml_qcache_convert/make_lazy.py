@@ -4,11 +4,12 @@ import contextlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gguf import GGUFWriter
 from tqdm import tqdm
 
-from .calibration import N_SEQ_MAX, Calibration, CalibrationSettings, calibrate
+from .calibration import LOOK_BLOCK_TOKENS, N_SEQ_MAX, Calibration, CalibrationSettings, calibrate
 from .conversion import ConversionResult, check_targets, convert
 from .errors import ConversionError
 from .gguf_copy import architecture, copy_with_keys, n_layers, open_text_gguf
@@ -148,7 +149,8 @@ def _calibrated(model: Path, mmproj: Path, settings: CalibrationSettings, progre
     except ImportError as error:
         raise ConversionError(f"calibration runs the model, and the runtime can't be imported: {error}") from error
 
-    with contextlib.closing(Llama(str(model), mmproj_path=str(mmproj), lazy_layers="none", n_ctx=0, n_seq_max=N_SEQ_MAX)) as llm:
+    params: dict[str, Any] = {"lazy_layers": "none", "n_ctx": 0, "n_seq_max": N_SEQ_MAX, "block_tokens": LOOK_BLOCK_TOKENS}
+    with contextlib.closing(Llama(str(model), mmproj_path=str(mmproj), **params)) as llm:
         return calibrate(llm, settings, progress=progress)
 
 

@@ -2,10 +2,11 @@
 
 from .calibrate import METRICS, Calibration, CalibrationSettings, Measured, calibrate, measure
 from .correct import Corrections
-from .looking import N_SEQ_MAX
+from .looking import LOOK_BLOCK_TOKENS, N_SEQ_MAX
 from .report import check_report, write_report
 
 __all__ = [
+    "LOOK_BLOCK_TOKENS",
     "METRICS",
     "N_SEQ_MAX",
     "Calibration",

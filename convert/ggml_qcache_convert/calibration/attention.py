@@ -69,10 +69,9 @@ def sharing_errors(
         ``[n_layer]``: the mean over rows of ``|W_o o + b_o|^2 / |x + W_o o + b_o|^2``, what a layer without attention errs.
     """
     errors, dropped = np.zeros((n_layer, n_layer)), np.zeros(n_layer)
-    all_scores = [scores(layer) for layer in range(n_layer)]
-    n_rows, n_head, n_keys = all_scores[0].shape
     for layer in range(n_layer):
-        values, (matrix, bias) = v(layer), w_o(layer)
+        own, values, (matrix, bias) = scores(layer), v(layer), w_o(layer)
+        n_rows, n_head, n_keys = own.shape
         n_group = n_head // len(values)
 
         def output(weights: Array) -> Array:
@@ -80,11 +79,11 @@ def sharing_errors(
             by_head = (grouped @ values).reshape(n_head, n_rows, -1)
             return by_head.transpose(1, 0, 2).reshape(n_rows, -1) @ matrix.T
 
-        expected = output(softmax(all_scores[layer]))
+        expected = output(softmax(own))
         power = np.maximum(np.sum((before(layer) + expected + bias) ** 2, axis=-1, dtype=np.float64), np.finfo(np.float64).tiny)
         dropped[layer] = np.mean(np.sum((expected + bias) ** 2, axis=-1, dtype=np.float64) / power)
         for leader in range(layer):
-            mixed = shared_scores(all_scores[leader], all_scores[layer], row_visual, key_visual, mode)
+            mixed = shared_scores(scores(leader), own, row_visual, key_visual, mode)
             error = np.sum((output(softmax(mixed)) - expected) ** 2, axis=-1, dtype=np.float64)
             errors[leader, layer] = np.mean(error / power)
     return errors, dropped

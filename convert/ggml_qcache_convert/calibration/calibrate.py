@@ -16,6 +16,7 @@ from ..lazy_layers import NO_ATTENTION, dropped_of, lazy_of, leaders_of
 from .attention import js_divergence, length_keeping, log_softmax, sharing_errors, softmax
 from .correct import Corrections, correct
 from .looking import look
+from .ondisk import OnDisk, Some
 from .runner import Runner
 from .samples import PROMPTS, Sample, choose_pairs, find_images, make_samples
 from .select import by_cost, by_descent, by_divergence, by_threshold, neighbours
@@ -136,11 +137,11 @@ class Measured:
         log_probs: By sample, ``[n answer rows, n_vocab]`` log-probabilities of the untouched model.
     """
 
-    samples: list[Sample]
+    samples: Sequence[Sample]
     pair_divergence: npt.NDArray[np.float64]
     output_error: npt.NDArray[np.float64]
     drop_error: npt.NDArray[np.float64]
-    log_probs: list[npt.NDArray[np.float32]]
+    log_probs: Sequence[npt.NDArray[np.float32]]
 
     @property
     def js_divergence(self) -> npt.NDArray[np.float64]:
@@ -149,7 +150,7 @@ class Measured:
 
     def part(self, numbers: Sequence[int]) -> "Measured":
         """With some of the samples only; the means stay those of all."""
-        return replace(self, samples=[self.samples[i] for i in numbers], log_probs=[self.log_probs[i] for i in numbers])
+        return replace(self, samples=Some(self.samples, numbers), log_probs=Some(self.log_probs, numbers))
 
     def errors_of(self, leaders: Sequence[int]) -> npt.NDArray[np.float64]:
         """``[n_layer]``: what a lazy layer's leader or a dropped layer's lack of attention costs; 0 for a full layer."""
@@ -198,7 +199,8 @@ def measure(llm: "Llama", settings: CalibrationSettings, progress: bool = False,
     """Runs the samples through the untouched model.
 
     Args:
-        llm: The model with its mmproj, loaded with ``lazy_layers="none"`` and ``n_seq_max`` of 2 or more, best ``N_SEQ_MAX``.
+        llm: The model with its mmproj, loaded with ``lazy_layers="none"`` and ``n_seq_max`` of 2 or more, best ``N_SEQ_MAX``
+            (and ``LOOK_BLOCK_TOKENS``).
         settings: What to run.
         progress: Show a progress bar on stderr.
         n_threads: Threads to compute with, 0: all cores.
@@ -222,8 +224,8 @@ def measure_samples(
 ) -> Measured:
     """``measure`` on ``n_samples`` samples that come one by one, each in sequence 0 of the context when it comes."""
     n_layer, weights = runner.n_layer, runner.weights
-    samples: list[Sample] = []
-    log_probs: list[npt.NDArray[np.float32]] = []
+    samples: OnDisk[Sample] = OnDisk()
+    log_probs: OnDisk[npt.NDArray[np.float32]] = OnDisk()
     divergence, errors, dropped = np.zeros((n_layer, n_layer)), np.zeros((n_layer, n_layer)), np.zeros(n_layer)
     # every pair of layers is compared: with W_o itself that would take longer than running the samples
     shorter = length_keeping(context.model.info.n_embd, _LENGTHS, settings.seed)
@@ -238,11 +240,11 @@ def measure_samples(
 
     for sample in tqdm(made, total=n_samples, desc="calibrating", unit="sample", disable=not progress):
         looked = look(context, sample)
-        last = [softmax(of_layer[-1]) for of_layer in looked.scores]
+        last = [softmax(looked.scores(layer)[-1]) for layer in range(n_layer)]
         for layer in range(1, n_layer):
             divergence[layer, :layer] += [js_divergence(p, last[layer]).mean() for p in last[:layer]]
         found = sharing_errors(
-            looked.scores.__getitem__,
+            looked.scores,
             context.seq_v,
             projection,
             lambda layer: (runner.inputs(sample) if layer == 0 else looked.hidden[layer - 1]) @ shorter.T,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ggml_qcache.native import Context
 
 N_SEQ_MAX = 9  # sequences of a context to look with: rows computed at once, and the sample
+LOOK_BLOCK_TOKENS = 16  # best for such a context: each of those rows has blocks of its own in every layer
 
 Array = npt.NDArray[np.float32]
 
@@ -27,14 +28,21 @@ class Looked:
     """What was seen.
 
     Attributes:
-        scores: By layer, ``[n_rows, n_head, n_keys]`` logits of the attention, -inf where a row doesn't see a key.
+        below: By layer, ``[n_rows, n_head, n_keys]`` f16, how far a logit of the attention is below the largest of its row and head;
+            -inf where a row doesn't see a key. So what weighs most is kept most exactly, in half of the bytes.
+        most: By layer, ``[n_rows, n_head, 1]``, that largest logit.
         hidden: By layer, ``[n_rows, n_embd]`` residual stream after it.
         logits: ``[n_rows, n_vocab]``.
     """
 
-    scores: list[Array]
+    below: list[npt.NDArray[np.float16]]
+    most: list[Array]
     hidden: list[Array]
     logits: Array
+
+    def scores(self, layer: int) -> Array:
+        """The logits of a layer's attention, ``[n_rows, n_head, n_keys]``."""
+        return self.below[layer] + self.most[layer]
 
 
 def look(context: Context, sample: Sample) -> Looked:
@@ -54,7 +62,8 @@ def look(context: Context, sample: Sample) -> Looked:
             f"{context.seq_len()} tokens and n_seq_max={context.n_seq_max}"
         )
     info, n_rows = context.model.info, len(sample.rows)
-    scores = [np.full((n_rows, info.n_head, len(sample.tokens)), -np.inf, np.float32) for _ in range(info.n_layer)]
+    below = [np.full((n_rows, info.n_head, len(sample.tokens)), -np.inf, np.float16) for _ in range(info.n_layer)]
+    most = [np.empty((n_rows, info.n_head, 1), np.float32) for _ in range(info.n_layer)]
     hidden = [np.empty((n_rows, info.n_embd), np.float32) for _ in range(info.n_layer)]
     logits = np.empty((n_rows, info.n_vocab), np.float32)
     n_at_once = min(N_SEQ_MAX, context.n_seq_max) - 1
@@ -70,10 +79,12 @@ def look(context: Context, sample: Sample) -> Looked:
             for i, row in enumerate(rows):
                 context.logits(i, logits[first + i])
                 for layer in range(info.n_layer):
-                    scores[layer][first + i, :, : row + 1] = context.captured("scores", layer, i)
+                    scores = context.captured("scores", layer, i)
+                    most[layer][first + i] = scores.max(-1, keepdims=True)
+                    below[layer][first + i, :, : row + 1] = scores - most[layer][first + i]
                     hidden[layer][first + i] = context.captured("hidden", layer, i)
     finally:
         context.capture_stop()
         for i in range(1, n_at_once + 1):
             context.seq_rm(i, 0)
-    return Looked(scores, hidden, logits)
+    return Looked(below, most, hidden, logits)
