@@ -9,7 +9,22 @@ from typing import Any, TypeVar, overload
 T = TypeVar("T")
 
 
-class OnDisk(Sequence[T]):
+class _Items(Sequence[T]):
+    """Items that are fetched when they are asked for; a slice fetches none."""
+
+    def item(self, number: int) -> T:
+        """Fetches an item."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, which: int) -> T: ...
+    @overload
+    def __getitem__(self, which: slice) -> Sequence[T]: ...
+    def __getitem__(self, which: Any) -> Any:
+        return Some(self, range(len(self))[which]) if isinstance(which, slice) else self.item(which)
+
+
+class OnDisk(_Items[T]):
     """A list in an unnamed file, which goes when the list does. Each item is read when it is asked for."""
 
     def __init__(self, items: Iterable[T] = ()) -> None:
@@ -35,18 +50,13 @@ class OnDisk(Sequence[T]):
     def __len__(self) -> int:
         return len(self._starts)
 
-    @overload
-    def __getitem__(self, which: int) -> T: ...
-    @overload
-    def __getitem__(self, which: slice) -> Sequence[T]: ...
-    def __getitem__(self, which: Any) -> Any:
-        if isinstance(which, slice):
-            return Some(self, range(len(self))[which])
-        self._file.seek(self._starts[which])
-        return pickle.load(self._file)
+    def item(self, number: int) -> T:
+        self._file.seek(self._starts[number])
+        item: T = pickle.load(self._file)
+        return item
 
 
-class Some(Sequence[T]):
+class Some(_Items[T]):
     """Some items of a list, in the order of their numbers; they stay where they are."""
 
     def __init__(self, items: Sequence[T], numbers: Sequence[int]) -> None:
@@ -55,11 +65,5 @@ class Some(Sequence[T]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @overload
-    def __getitem__(self, which: int) -> T: ...
-    @overload
-    def __getitem__(self, which: slice) -> Sequence[T]: ...
-    def __getitem__(self, which: Any) -> Any:
-        if isinstance(which, slice):
-            return Some(self._items, self._numbers[which])
-        return self._items[self._numbers[which]]
+    def item(self, number: int) -> T:
+        return self._items[self._numbers[number]]
