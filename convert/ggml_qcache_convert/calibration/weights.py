@@ -32,6 +32,7 @@ class Weights:
         return cls._of_models[model]
 
     def __init__(self, path: str | Path) -> None:
+        self._path = path
         self._tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
 
     def __contains__(self, name: str) -> bool:
@@ -40,7 +41,9 @@ class Weights:
     def __getitem__(self, name: str) -> Array:
         """A weight in numpy's order of dimensions."""
         tensor = self._tensors[name]
-        return np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        # read, since pages of the mapping would stay in memory: those of W_o alone are 9 MB a layer in a 7B model of four bits
+        data = np.fromfile(self._path, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset).reshape(tensor.data.shape)
+        return np.asarray(dequantize(data, tensor.tensor_type), dtype=np.float32)
 
     def rows(self, name: str, indices: npt.NDArray[np.integer]) -> Array:
         """Some rows of a matrix, ``[len(indices), n]``."""
