@@ -135,6 +135,7 @@ class Measured:
             attention with leader j, mean over rows and samples.
         drop_error: ``[n_layer]``, the same without layer l's attention.
         log_probs: By sample, ``[n answer rows, n_vocab]`` log-probabilities of the untouched model.
+        n_answer_rows: By sample, known without reading ``log_probs``.
     """
 
     samples: Sequence[Sample]
@@ -142,6 +143,7 @@ class Measured:
     output_error: npt.NDArray[np.float64]
     drop_error: npt.NDArray[np.float64]
     log_probs: Sequence[npt.NDArray[np.float32]]
+    n_answer_rows: Sequence[int]
 
     @property
     def js_divergence(self) -> npt.NDArray[np.float64]:
@@ -150,7 +152,8 @@ class Measured:
 
     def part(self, numbers: Sequence[int]) -> "Measured":
         """With some of the samples only; the means stay those of all."""
-        return replace(self, samples=Some(self.samples, numbers), log_probs=Some(self.log_probs, numbers))
+        samples, log_probs, n_rows = (Some(of_all, numbers) for of_all in (self.samples, self.log_probs, self.n_answer_rows))
+        return replace(self, samples=samples, log_probs=log_probs, n_answer_rows=n_rows)
 
     def errors_of(self, leaders: Sequence[int]) -> npt.NDArray[np.float64]:
         """``[n_layer]``: what a lazy layer's leader or a dropped layer's lack of attention costs; 0 for a full layer."""
@@ -226,6 +229,7 @@ def measure_samples(
     n_layer, weights = runner.n_layer, runner.weights
     samples: OnDisk[Sample] = OnDisk()
     log_probs: OnDisk[npt.NDArray[np.float32]] = OnDisk()
+    n_answer_rows: list[int] = []
     divergence, errors, dropped = np.zeros((n_layer, n_layer)), np.zeros((n_layer, n_layer)), np.zeros(n_layer)
     # every pair of layers is compared: with W_o itself that would take longer than running the samples
     shorter = length_keeping(context.model.info.n_embd, _LENGTHS, settings.seed)
@@ -255,10 +259,11 @@ def measure_samples(
         )
         errors, dropped = errors + found[0], dropped + found[1]
         log_probs.append(log_softmax(looked.logits[sample.answer_rows]))
+        n_answer_rows.append(int(sample.answer_rows.sum()))
         samples.append(sample)
         del looked, last  # else the next sample's come beside them
     divergence += divergence.T
-    return Measured(samples, divergence / len(samples), errors / len(samples), dropped / len(samples), log_probs)
+    return Measured(samples, divergence / len(samples), errors / len(samples), dropped / len(samples), log_probs, n_answer_rows)
 
 
 def _packed(matrix: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float16], np.float32]:

@@ -72,7 +72,7 @@ class Runner:
         vis_bias: npt.NDArray[np.float32] | None = None,
     ) -> list[float]:
         """What each sample adds to ``kl``; those after ``to_beat`` is reached are left out."""
-        n_rows = sum(len(log_p) for log_p in measured.log_probs)
+        n_rows = sum(measured.n_answer_rows)
         added: list[float] = []
         with self.context(leaders, vis_bias) as context:
             for sample, log_p in zip(measured.samples, measured.log_probs, strict=True):
