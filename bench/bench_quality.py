@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -115,12 +116,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns the exit status."""
     args = parse_args(argv)
     tests = test_set(args.scenes)
-    result = {**facts("quality", argv), "scenes": args.scenes, "rows": []}
+    weights = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(args.model.glob("*.safetensors")))).hexdigest()
+    result = {**facts("quality", argv), "scenes": args.scenes, "weights_sha256": weights, "rows": []}
     earlier: list[dict[str, Any]] = []
     if args.resume:
         begun = json.loads(args.json.read_text())
         if begun["scenes"] != args.scenes:
             raise SystemExit(f"{args.json} is of {begun['scenes']} scenes, not {args.scenes}")
+        if begun["weights_sha256"] != weights:
+            raise SystemExit(f"{args.json} is of other weights than those in {args.model}: sha256 {begun['weights_sha256']}, not {weights}")
         earlier, result["begun_at_commit"] = begun["rows"], begun["commit"]
     with tempfile.TemporaryDirectory() as folder:
         model, mmproj = Path(folder) / "model.gguf", Path(folder) / "mmproj.gguf"

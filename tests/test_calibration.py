@@ -97,6 +97,16 @@ def test_descent_ends_where_no_swap_helps() -> None:
 
     assert by_descent([0, 0, 0, 3, 4, 5], loss) == (target, 0.0)
     assert by_descent([0, 0, 0, 0], loss)[0] == [0, 0, 0, 0]  # nothing to swap
+    # with less time, the best so far
+    tried: list[list[int]] = []
+
+    def noted(leaders: list[int], to_beat: float) -> float:
+        tried.append(leaders)
+        return loss(leaders, to_beat)
+
+    found, value = by_descent([0, 0, 0, 3, 4, 5], noted, most_tried=3)
+    assert len(tried) == 1 + 3 and value == min(loss(plan, 0.0) for plan in tried) == loss(found, 0.0)
+    assert by_descent([0, 0, 0, 3, 4, 5], loss, most_tried=0)[0] == [0, 0, 0, 3, 4, 5]
 
 
 def test_descent_takes_no_step_that_other_samples_refuse() -> None:

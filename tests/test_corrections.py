@@ -1,7 +1,9 @@
 """Corrections of lazy layers: the pieces against brute force and NumPy, the whole on a tiny model, and what is written."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from tiny_llava import N_LAYER, load, picture, tiny_llava
 from ggml_qcache import Llama
 from ggml_qcache.cli import main as inspect_main
 from ggml_qcache.inspection import inspect_file
-from ggml_qcache_convert import leaders_of
+from ggml_qcache_convert import cli, leaders_of
 from ggml_qcache_convert.calibration import CalibrationSettings, calibrate, measure
 from ggml_qcache_convert.calibration.attention import softmax
 from ggml_qcache_convert.calibration.calibrate import N_CHECKED
@@ -321,6 +323,22 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([files.plain, "--outfile", str(tmp_path / "o.gguf"), "--lazy-layers", "2", "--refit"]) == 1
     assert "--calibration-images DIR" in capsys.readouterr().err
     assert not (tmp_path / "o.gguf").exists()
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_corrections_that_do_harm_are_told(factor: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files, images = tiny_llava(), tmp_path / "images"
+    images.mkdir()
+    picture(0).save(images / "0.png")
+
+    def made(*args: Any) -> Any:
+        result, chosen = make_lazy(*args)
+        return result, replace(chosen, logits_kl=factor * chosen.uncorrected_kl)
+
+    monkeypatch.setattr(cli, "make_lazy", made)
+    common = [files.plain, "--mmproj-in", files.mmproj, "--calibration-images", str(images), "--calibration-samples", "4"]
+    assert main([*common, "--outfile", str(tmp_path / "o.gguf"), "--lazy-layers", "2-3,6", "--align-heads"]) == 0
+    assert ("warning: align_heads raised the KL divergence" in capsys.readouterr().err) == (factor > 1)
 
 
 def test_report_and_inspection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,13 +126,17 @@ def test_quality_benchmark(tmp_path):
     assert set(none["tasks"]) == {"existence", "counting", "colour", "relation", "digit", "caption"}
     # what was computed stays, the untouched model is computed again to compare with
     js["seconds"] = none["seconds"] = 1e6
-    path.write_text(json.dumps({"scenes": 2, "commit": "earlier", "rows": [none, js]}))
+    begun = {**json.loads(path.read_text()), "commit": "earlier", "rows": [none, js]}
+    path.write_text(json.dumps(begun))
     few = ["--modes", "visual", "--metrics", "js", "--budgets", "0.2", "--controls", "", "--calibration-samples", "4"]
     assert bench_quality.main(["--scenes", "2", *few, "--json", str(path), "--resume"]) == 0
     again = json.loads(path.read_text())
     assert again["begun_at_commit"] == "earlier" and [row["seconds"] == 1e6 for row in again["rows"]] == [False, True]
     with pytest.raises(SystemExit, match="2 scenes, not 3"):
         bench_quality.main(["--scenes", "3", *few, "--json", str(path), "--resume"])
+    path.write_text(json.dumps({**begun, "weights_sha256": "0" * 64}))
+    with pytest.raises(SystemExit, match="other weights than those in .*model: sha256 0000"):
+        bench_quality.main(["--scenes", "2", *few, "--json", str(path), "--resume"])
 
 
 def test_scaled_prompts_keep_what_surrounds_the_image():

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ggml_qcache.native import Context
 
 METRICS = ("js", "output", "loss")
+MOST_ROUNDS = 4  # of all steps away from a plan, in plans tried: the gains of further steps are small, and there are many
 N_CHECKED = 4  # samples that are computed once more with the plan: it takes as long as asking the model about them
 _LENGTHS = 512  # dimensions that stand for the residual stream of wide models; over a sample's rows the error is a percent or so
 _MOST_LAYERS = 1 << 16  # to read a specification before the model is there
@@ -403,4 +404,5 @@ def _by_loss(
         def check(leaders: Sequence[int], to_beat: float) -> float:
             return runner.kl(leaders, measured.part(others), to_beat)
 
-        return by_descent(start, loss, allowed, settings.drop_attention, check if others else None)[0]
+        most_tried = MOST_ROUNDS * n_steps
+        return by_descent(start, loss, allowed, settings.drop_attention, check if others else None, most_tried)[0]

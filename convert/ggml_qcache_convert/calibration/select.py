@@ -96,6 +96,7 @@ def by_descent(
     allowed: Callable[[Sequence[int]], bool] = lambda _: True,
     drops: bool = False,
     check: Callable[[Sequence[int], float], float] | None = None,
+    most_tried: float = np.inf,
 ) -> tuple[list[int], float]:
     """Improves a plan by the steps of ``neighbours`` as long as one lowers the loss by a percent or more, and that of the check as well.
 
@@ -106,6 +107,7 @@ def by_descent(
         drops: Whether layers may lose their attention.
         check: As ``loss``, on other samples: hundreds of steps are tried, and the best on a few samples may be so by chance. The
             plan that is found is never worse than the start there.
+        most_tried: Plans after which the best so far has to do.
 
     Returns:
         ``[n_layer]`` leaders that are allowed, and their loss.
@@ -119,6 +121,8 @@ def by_descent(
         for tried in neighbours(best, drops):
             if tuple(tried) in seen or not allowed(tried):
                 continue
+            if len(seen) > most_tried:
+                return best, best_loss
             seen.add(tuple(tried))
             to_beat = (1 - GAIN) * best_loss
             tried_loss = loss(tried, to_beat)
