@@ -1,8 +1,7 @@
 // attn-avx2.cpp: the vector kernel for AVX2. Flags: -mavx2 -mfma -mf16c
 
 #include "qcache.h"
-#include "../qcache-op.h"
-#include "attn-kernels.h"
+#include "attn-scratch.h"
 
 #include <immintrin.h>
 

@@ -2,8 +2,7 @@
 // Flags: -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c
 
 #include "qcache.h"
-#include "../qcache-op.h"
-#include "attn-kernels.h"
+#include "attn-scratch.h"
 
 // GCC 12 warns about the undefined vectors in its own header
 #if defined(__GNUC__) && !defined(__clang__)

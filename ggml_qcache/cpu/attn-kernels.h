@@ -29,19 +29,6 @@ const qcache_attn_kernel * qcache_attn_kernel_by_index(int i);
 // dims and keys are padded to whole groups of the quantised types, which are whole vectors of every instruction set too
 #define QCACHE_ATTN_PAD 32
 
-// what a thread's scratch starts with, on cache lines of its own
-struct qcache_attn_thread {
-    int      n_arrived; // threads that have done their piece of the task that begins in this thread's range
-    uint64_t v_rows, v_rows_skipped;
-};
-
-#define QCACHE_ATTN_THREAD_BYTES 64
-
-static inline uint8_t * qcache_attn_scratch_of(uint8_t * wdata, size_t scratch_bytes, int ith) {
-    const uintptr_t at = (uintptr_t) wdata + ith * scratch_bytes;
-    return (uint8_t *) ((at + 63) / 64 * 64);
-}
-
 static inline size_t qcache_attn_pad(size_t n) {
     return (n + QCACHE_ATTN_PAD - 1) / QCACHE_ATTN_PAD * QCACHE_ATTN_PAD;
 }

@@ -3,8 +3,7 @@
 #if defined(__aarch64__)
 
 #include "qcache.h"
-#include "../qcache-op.h"
-#include "attn-kernels.h"
+#include "attn-scratch.h"
 
 #include <arm_neon.h>
 

@@ -515,38 +515,25 @@ inline void scale_row(float * x, int n, float c) {
 // one task: rows row0 .. row0 + n_rows - 1, of one sequence and modality, and one or more KV heads
 //
 
+// as qcache_attn_layout tells
 struct scratch {
     qcache_attn_thread * thread;
-    float * queries;   // [2][heads * DIRECT_QUERIES][dims], direct path; by source
-    float * keys;      // [dims][keys], matrix path: K transposed
-    float * values;    // [keys][dims], matrix path
-    float * logits;    // [queries][keys]
-    // of the two pieces that a thread may leave to be merged: the task at the start of its share and that at the end
-    float * acc[2];    // [queries][dims]
-    float * max[2];    // [queries]
-    float * sum[2];    // [queries]
+    float *queries, *keys, *values, *logits, *acc[2], *max[2], *sum[2];
 };
 
-// as qcache_attn_scratch_bytes counts
 inline scratch scratch_of(const qcache_attn_params & p, uint8_t * wdata, int ith) {
-    const size_t n_direct  = (size_t) p.n_head_kv * DIRECT_QUERIES;
-    const size_t n_tile    = (size_t) max_i(p.n_head / p.n_head_kv, QCACHE_ATTN_TILE_QUERIES);
-    const size_t n_queries = n_direct > n_tile ? n_direct : n_tile;
-    const size_t dims      = qcache_attn_pad(p.head_dim);
-    const size_t keys      = qcache_attn_pad(p.n_block_tokens);
-    uint8_t *    at        = qcache_attn_scratch_of(wdata, qcache_attn_scratch_bytes(p), ith);
-
-    scratch s;
-    s.thread  = (qcache_attn_thread *) at;
-    s.queries = (float *) (at + QCACHE_ATTN_THREAD_BYTES);
-    s.keys    = s.queries + 2 * n_direct * dims;
-    s.values  = s.keys + keys * dims;
-    s.logits  = s.values + keys * dims;
-    float * x = s.logits + n_queries * keys;
-    for (int i = 0; i < 2; i++, x += n_queries * (dims + 2)) {
-        s.acc[i] = x;
-        s.max[i] = x + n_queries * dims;
-        s.sum[i] = s.max[i] + n_queries;
+    const qcache_attn_layout at = qcache_attn_layout_of(p);
+    scratch                  s;
+    s.thread   = qcache_attn_thread_of(at, wdata, ith);
+    float * x  = (float *) ((uint8_t *) s.thread + QCACHE_ATTN_THREAD_BYTES);
+    s.queries  = x + at.queries;
+    s.keys     = x + at.keys;
+    s.values   = x + at.values;
+    s.logits   = x + at.logits;
+    for (int i = 0; i < 2; i++) {
+        s.acc[i] = x + at.acc[i];
+        s.max[i] = x + at.max[i];
+        s.sum[i] = x + at.sum[i];
     }
     return s;
 }

@@ -4,7 +4,7 @@
 // Everything the kernels touch lies between guard bytes of 0xff (NaN as f32, f16 and q8_0 scale), and so is everything
 // they have to write before they write it.
 
-#include "cpu/attn-kernels.h"
+#include "cpu/attn-scratch.h"
 #include "qcache-backend.h"
 #include "qcache-composed.h"
 #include "qcache-impl.h"
