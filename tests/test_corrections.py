@@ -1,6 +1,7 @@
 """Corrections of lazy layers: the pieces against brute force and NumPy, the whole on a tiny model, and what is written."""
 
 import itertools
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tiny_llava import N_LAYER, load, picture, tiny_llava
 from ggml_qcache import Llama
 from ggml_qcache.cli import main as inspect_main
 from ggml_qcache.inspection import inspect_file
-from ggml_qcache_convert import cli, leaders_of
+from ggml_qcache_convert import leaders_of
 from ggml_qcache_convert.calibration import CalibrationSettings, calibrate, measure
 from ggml_qcache_convert.calibration.attention import softmax
 from ggml_qcache_convert.calibration.calibrate import N_CHECKED
@@ -331,11 +332,11 @@ def test_corrections_that_do_harm_are_told(factor: float, monkeypatch: pytest.Mo
     images.mkdir()
     picture(0).save(images / "0.png")
 
-    def made(*args: Any) -> Any:
-        result, chosen = make_lazy(*args)
-        return result, replace(chosen, logits_kl=factor * chosen.uncorrected_kl)
+    def calibrated(*args: Any, **more: Any) -> Any:
+        chosen = calibrate(*args, **more)
+        return replace(chosen, logits_kl=factor * chosen.uncorrected_kl)
 
-    monkeypatch.setattr(cli, "make_lazy", made)
+    monkeypatch.setattr(sys.modules[make_lazy.__module__], "calibrate", calibrated)
     common = [files.plain, "--mmproj-in", files.mmproj, "--calibration-images", str(images), "--calibration-samples", "4"]
     assert main([*common, "--outfile", str(tmp_path / "o.gguf"), "--lazy-layers", "2-3,6", "--align-heads"]) == 0
     assert ("warning: align_heads raised the KL divergence" in capsys.readouterr().err) == (factor > 1)

@@ -40,13 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted, nothing written", file=sys.stderr)
         return 130
-    warnings = list(result.warnings)
-    if chosen is not None and chosen.logits_kl > chosen.uncorrected_kl:
-        warnings.append(
-            f"{', '.join(chosen.settings.corrections)} raised the KL divergence of the logits from {chosen.uncorrected_kl:.4f} to "
-            f"{chosen.logits_kl:.4f}: compare with a file without by qcache eval, or give more samples"
-        )
-    for warning in warnings:
+    for warning in result.warnings:
         print(f"{parser.prog}: warning: {warning}", file=sys.stderr)
     if not args.quiet:
         print(_summary(result, args.lazy_mode))

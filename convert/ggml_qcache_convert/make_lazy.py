@@ -71,7 +71,7 @@ def convert_auto(
             files.commit()
     leaders, size = made
     written = ConversionResult(
-        outfile, mmproj, result.arch, result.n_layer, leaders, size, mmproj.stat().st_size, result.warnings
+        outfile, mmproj, result.arch, result.n_layer, leaders, size, mmproj.stat().st_size, (*result.warnings, *chosen.warnings)
     )
     return written, chosen
 
@@ -139,7 +139,8 @@ def make_lazy(
             leaders = leaders_of(lazy_layers, n_layers(reader))
         made = _lazy_copy(model, files.path(outfile), leaders, mode, keep_qk, chosen, progress, types, importance)
         files.commit()
-    return ConversionResult(outfile, None, architecture(reader), n_layers(reader), *made, 0, ()), chosen
+    warnings = () if chosen is None else chosen.warnings
+    return ConversionResult(outfile, None, architecture(reader), n_layers(reader), *made, 0, warnings), chosen
 
 
 def _calibrated(model: Path, mmproj: Path, settings: CalibrationSettings, progress: bool) -> Calibration:

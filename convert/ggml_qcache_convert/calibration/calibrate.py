@@ -198,6 +198,16 @@ class Calibration:
     corrections: Corrections | None
     uncorrected_kl: float
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Tells of corrections that did harm."""
+        if self.logits_kl <= self.uncorrected_kl:
+            return ()
+        return (
+            f"{', '.join(self.settings.corrections)} raised the KL divergence of the logits from {self.uncorrected_kl:.4f} to "
+            f"{self.logits_kl:.4f}: compare with a file without by qcache eval",
+        )
+
 
 def measure(llm: "Llama", settings: CalibrationSettings, progress: bool = False, n_threads: int = 0) -> Measured:
     """Runs the samples through the untouched model.
