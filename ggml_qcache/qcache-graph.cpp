@@ -53,7 +53,16 @@ ggml_tensor * qcache_graph::norm(ggml_tensor * x, ggml_tensor * weight) {
 }
 
 ggml_tensor * qcache_graph::linear(ggml_tensor * weight, ggml_tensor * bias, ggml_tensor * x) {
-    ggml_tensor * y = ggml_mul_mat(ctx, weight, x);
+    ggml_tensor * y;
+    if (qcache_matmul_is_packed(weight)) {
+        if (x != quantised_from) {
+            quantised_from = x;
+            quantised      = qcache_op_quantize(ctx, x);
+        }
+        y = qcache_op_matmul(ctx, weight, quantised, &matmul_nodes.emplace_back());
+    } else {
+        y = ggml_mul_mat(ctx, weight, x);
+    }
     return bias == nullptr ? y : ggml_add(ctx, y, bias);
 }
 

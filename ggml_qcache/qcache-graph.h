@@ -8,9 +8,11 @@
 #include "qcache-cache.h"
 #include "qcache-capture.h"
 #include "qcache-composed.h"
+#include "qcache-matmul.h"
 #include "qcache-model.h"
 #include "qcache-op.h"
 
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -96,10 +98,13 @@ class qcache_graph {
     ggml_context *      ctx;
     ggml_cgraph *       gf;
     ggml_tensor *       q_cache = nullptr; // the current leader's q
+    ggml_tensor *       quantised_from = nullptr; // the last input of a product with packed weights, and what became of it
+    ggml_tensor *       quantised      = nullptr;
 
     std::unique_ptr<qcache_composed, qcache_composed_deleter> composed;
     std::vector<qcache_attn_node>                             attn_nodes; // [n_layer], what the nodes point to
     std::vector<qcache_append_params>                         append_nodes;
+    std::deque<qcache_matmul_node>                            matmul_nodes;
     std::vector<qcache_scores_node>                           scores_nodes; // [n_layer] when scores are captured
 };
 

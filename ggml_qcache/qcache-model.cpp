@@ -1,12 +1,14 @@
 // qcache-model.cpp: reads the weights of a GGUF into backend buffers
 //
-// Each weight goes to the device that computes its layer. On the CPU matrices go to its extra buffer types (CPU_REPACK)
-// where ggml can multiply them there, the rest to the plain CPU buffer: without repacking, quantised prefill is several
-// times slower. Token embeddings stay with the host, which looks them up.
+// Each weight goes to the device that computes its layer. On the CPU quantised matrices are packed for our own products
+// where it has the instructions (qcache-matmul.h). The others go to its extra buffer types (CPU_REPACK) where ggml can
+// multiply them there, the rest to the plain CPU buffer: without repacking, quantised prefill is several times slower. AMX,
+// an extra buffer type as well, comes before all of these. Token embeddings stay with the host, which looks them up.
 
 #include "qcache-model.h"
 
 #include "qcache-backend.h"
+#include "qcache-matmul.h"
 #include "qcache-probe.h"
 
 #include <ggml-cpu.h>
@@ -19,6 +21,7 @@
 #include <cstring>
 #include <map>
 #include <new>
+#include <tuple>
 
 #ifdef _WIN32
 #    define fseeko _fseeki64
@@ -36,6 +39,23 @@ using file_ptr = std::unique_ptr<FILE, file_closer>;
 // how a weight is used decides where it can live
 enum class weight_use { host, elementwise, matmul };
 
+// where a weight lives; packed for our own products, it is in the CPU's plain buffer type
+struct weight_home {
+    ggml_backend_buffer_type_t buft;
+    bool                       packed;
+
+    bool operator<(const weight_home & other) const { return std::tie(buft, packed) < std::tie(other.buft, other.packed); }
+};
+
+// rows as the file has them
+void set_rows(ggml_tensor * tensor, const void * rows) {
+    if (qcache_matmul_is_packed(tensor)) {
+        qcache_matmul_set(tensor, rows);
+    } else {
+        ggml_backend_tensor_set(tensor, rows, 0, ggml_nbytes(tensor));
+    }
+}
+
 struct loader {
     const char *                path;
     gguf_context *              gguf = nullptr;
@@ -52,7 +72,7 @@ struct loader {
         int64_t       id; // in gguf
     };
     std::vector<job>                                          jobs;
-    std::map<ggml_backend_buffer_type_t, ggml_context *>      ctx_of_buft;
+    std::map<weight_home, ggml_context *>                     ctx_of_home;
     std::vector<bool>                                         seen; // by gguf tensor id
     enum qcache_status                                        status = QCACHE_STATUS_SUCCESS;
 
@@ -67,29 +87,34 @@ struct loader {
         return ok;
     }
 
-    ggml_backend_buffer_type_t buft_for(weight_use use, const ggml_tensor * shape) const {
+    weight_home home_for(weight_use use, const ggml_tensor * shape) const {
         if (use == weight_use::host) {
-            return ggml_backend_dev_buffer_type(cpu);
+            return { ggml_backend_dev_buffer_type(cpu), false };
         }
         if (use == weight_use::matmul && params.use_extra_bufts && !place->is_gpu) {
+            const bool packs = qcache_matmul_packs(shape->type, shape->ne[0], shape->ne[1]);
             for (auto buft : extra_bufts) {
-                if (supports_matmul(cpu, buft, shape) && qcache_buft_works(buft)) {
-                    return buft;
+                const bool is_repack = strcmp(ggml_backend_buft_name(buft), "CPU_REPACK") == 0;
+                if (!(packs && is_repack) && supports_matmul(cpu, buft, shape) && qcache_buft_works(buft)) {
+                    return { buft, false };
                 }
             }
+            if (packs) {
+                return { ggml_backend_dev_buffer_type(cpu), true };
+            }
         }
-        return ggml_backend_dev_buffer_type(place->device);
+        return { ggml_backend_dev_buffer_type(place->device), false };
     }
 
-    ggml_context * ctx_for(ggml_backend_buffer_type_t buft) {
-        auto it = ctx_of_buft.find(buft);
-        if (it == ctx_of_buft.end()) {
+    ggml_context * ctx_for(const weight_home & home) {
+        auto it = ctx_of_home.find(home);
+        if (it == ctx_of_home.end()) {
             const size_t n = (size_t) gguf_get_n_tensors(gguf) + 1 + model.placements.size(); // output may double tok_embd
             model.ctxs.emplace_back(ggml_init({ ggml_tensor_overhead() * n, nullptr, true }));
             if (!model.ctxs.back()) {
                 throw std::bad_alloc();
             }
-            it = ctx_of_buft.emplace(buft, model.ctxs.back().get()).first;
+            it = ctx_of_home.emplace(home, model.ctxs.back().get()).first;
         }
         return it->second;
     }
@@ -125,14 +150,17 @@ struct loader {
                                  name.c_str(), ggml_type_name(shape->type));
             return nullptr;
         }
-        const ggml_backend_buffer_type_t buft = buft_for(use, shape);
-        if (use == weight_use::matmul && place->is_gpu && !supports_matmul(place->device, buft, shape)) {
+        const weight_home home = home_for(use, shape);
+        if (use == weight_use::matmul && place->is_gpu && !supports_matmul(place->device, home.buft, shape)) {
             status = qcache_fail(QCACHE_STATUS_UNSUPPORTED, "%s: tensor %s is of type %s, with which %s cannot multiply", path, name.c_str(),
                                  ggml_type_name(shape->type), ggml_backend_dev_name(place->device));
             return nullptr;
         }
-        ggml_tensor * tensor = ggml_dup_tensor(ctx_for(buft), shape);
+        ggml_tensor * tensor = ggml_dup_tensor(ctx_for(home), shape);
         ggml_set_name(tensor, name.c_str());
+        if (home.packed) {
+            qcache_matmul_make_packed(tensor);
+        }
         seen[id] = true;
         jobs.push_back({ tensor, id });
         model.n_params += ggml_nelements(tensor);
@@ -199,8 +227,9 @@ struct loader {
     }
 
     enum qcache_status allocate() {
-        for (auto & [buft, ctx] : ctx_of_buft) {
-            ggml_backend_buffer_ptr buffer{ ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft) };
+        for (auto & [home, ctx] : ctx_of_home) {
+            const ggml_backend_buffer_type_t buft = home.buft;
+            ggml_backend_buffer_ptr          buffer{ ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft) };
             if (!buffer) {
                 return qcache_fail(QCACHE_STATUS_OUT_OF_MEMORY, "%s: cannot allocate %zu bytes of %s for weights", path,
                                    ggml_backend_alloc_ctx_tensors_from_buft_size(ctx, buft), ggml_backend_buft_name(buft));
@@ -208,7 +237,7 @@ struct loader {
             ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
             const size_t size = ggml_backend_buffer_get_size(buffer.get());
             model.n_bytes += size;
-            if (std::find(extra_bufts.begin(), extra_bufts.end(), buft) != extra_bufts.end()) {
+            if (home.packed || std::find(extra_bufts.begin(), extra_bufts.end(), buft) != extra_bufts.end()) {
                 model.n_bytes_extra += size;
             }
             model.buffers.push_back(std::move(buffer));
@@ -227,7 +256,7 @@ struct loader {
         for (const auto & j : jobs) {
             const size_t offset = data_offset + gguf_get_tensor_offset(gguf, j.id);
             const size_t size   = ggml_nbytes(j.tensor);
-            const bool   direct = j.tensor->buffer != nullptr &&
+            const bool   direct = j.tensor->buffer != nullptr && !qcache_matmul_is_packed(j.tensor) &&
                                   ggml_backend_buffer_get_type(j.tensor->buffer) == ggml_backend_dev_buffer_type(cpu);
             if (!direct) {
                 staging.resize(size);
@@ -238,7 +267,7 @@ struct loader {
                                    j.tensor->name, offset);
             }
             if (!direct) {
-                ggml_backend_tensor_set(j.tensor, staging.data(), 0, size);
+                set_rows(j.tensor, staging.data());
             }
             done += size;
             if (params.progress && !params.progress((float) ((double) done / (double) total), params.progress_user_data)) {
@@ -428,7 +457,7 @@ enum qcache_status qcache_model_set_weight(qcache_model_t * model, const char * 
         std::vector<uint8_t> rounded(ggml_nbytes(shape));
         ggml_quantize_chunk(shape->type, values, rounded.data(), 0, ggml_nrows(shape), shape->ne[0], nullptr);
         for (ggml_tensor * tensor : tensors) {
-            ggml_backend_tensor_set(tensor, rounded.data(), 0, rounded.size());
+            set_rows(tensor, rounded.data());
         }
         return QCACHE_STATUS_SUCCESS;
     } catch (const std::bad_alloc &) {

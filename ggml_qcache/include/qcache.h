@@ -87,7 +87,7 @@ typedef struct qcache_context qcache_context_t;
 typedef bool (*qcache_progress_callback)(float progress, void * user_data);
 
 struct qcache_model_params {
-    bool                     use_extra_bufts; // repack weights for this CPU where ggml offers it (CPU_REPACK); default true
+    bool                     use_extra_bufts; // pack quantised weights for this CPU, by ourselves or where ggml offers it; default true
     qcache_progress_callback progress;        // may be NULL
     void *                   progress_user_data;
     int32_t                  n_gpu_layers; // last layers to compute on a GPU, < 0: all, default 0; fewer where that would tear
@@ -116,7 +116,7 @@ struct qcache_model_info {
     int32_t               n_ctx_train;
     size_t                n_params;      // weights, counted
     size_t                n_bytes;       // bytes of weights in memory
-    size_t                n_bytes_extra; // of those, bytes in repacked buffers
+    size_t                n_bytes_extra; // of those, bytes of packed weights
     size_t                n_bytes_gpu;   // of those, bytes on the GPU
     int32_t               n_gpu_layers;  // layers computed on the GPU
     const char *          gpu;           // its name in ggml, "CUDA0"; NULL: none

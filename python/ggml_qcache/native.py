@@ -158,7 +158,7 @@ class Model:
 
         Args:
             path: GGUF file.
-            use_extra_bufts: Repack weights for this CPU where ggml offers it.
+            use_extra_bufts: Pack quantised weights for this CPU, by ourselves or where ggml offers it.
             n_gpu_layers: Last layers to compute on a GPU, -1: all; fewer where that would tear a Lazy Block.
             main_gpu: Which of ggml's GPUs.
 
