@@ -9,7 +9,7 @@ that of a 16-token context); `bandwidth_share` is that over the bandwidth measur
 of the device's own copies (bytes read and written). `ratio_peer` and
 `ratio_lazy_off` are how many times faster than llama.cpp's best and than our own lazy-off. `ratio_peer_limit` is what
 `ratio_peer` would be if KV were read at the whole bandwidth, and the rest took what it takes with 16 tokens (`ms_base`: weights
-above all, multiplied by ggml in both): where it is under a target, attention alone can't reach that. Beside it stands what Python
+above all): where it is under a target, attention alone can't reach that. Beside it stands what Python
 adds to a token that `Llama.generate` gives.
 """
 

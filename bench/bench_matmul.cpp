@@ -4,8 +4,11 @@
 // buffer types that take them (CPU_REPACK, AMX), and packed by us, in turns. A run goes through several matrices, so many that
 // none is still in a processor cache when its turn comes again. The results are compared first. The ratio is to ggml's best.
 //
-//   bench-matmul [--threads N] [--k N] [--m N] [--steps N] [--types q4_0,q4_K] [--columns 1,8] [--json FILE]
+// Types that the kernel (the best of this CPU, or the one given) doesn't multiply are left out.
+//
+//   bench-matmul [--kernel avx2] [--threads N] [--k N] [--m N] [--steps N] [--types q4_0,q4_K] [--columns 1,8] [--json FILE]
 
+#include "cpu/matmul-kernels.h"
 #include "qcache-matmul.h"
 #include "qcache-probe.h"
 
@@ -46,8 +49,8 @@ std::vector<std::string> split(const std::string & text) {
 // products of several matrices with one input, as a graph
 class products {
   public:
-    // buft NULL: packed by us
-    products(ggml_backend_t backend, ggml_backend_buffer_type_t buft, ggml_type type, int64_t k, int64_t m, int64_t n, int n_matrices,
+    // buft NULL: packed by us, for the kernel
+    products(ggml_backend_t backend, ggml_backend_buffer_type_t buft, const qcache_matmul_kernel * kernel, ggml_type type, int64_t k, int64_t m, int64_t n, int n_matrices,
              const std::vector<uint8_t> & rows, const std::vector<float> & x) :
         name(buft == nullptr ? "ours" : ggml_backend_buft_name(buft)), n_matrices(n_matrices), backend(backend) {
         weights.reset(ggml_init({ ggml_tensor_overhead() * n_matrices, nullptr, true }));
@@ -62,7 +65,7 @@ class products {
         graph               = ggml_new_graph(rest.get());
         for (ggml_tensor * t : w) {
             if (buft == nullptr) {
-                qcache_matmul_make_packed(t);
+                qcache_matmul_make_packed(t, kernel);
                 qcache_matmul_set(t, rows.data());
                 y = qcache_op_matmul(rest.get(), t, xq, &nodes.emplace_back());
             } else {
@@ -124,7 +127,7 @@ double nmse(const std::vector<float> & a, const std::vector<float> & b) {
 }
 
 int usage(const char * program) {
-    fprintf(stderr, "usage: %s [--threads N] [--k N] [--m N] [--steps N] [--types q4_0,q4_K] [--columns 1,8] [--json FILE]\n", program);
+    fprintf(stderr, "usage: %s [--kernel NAME] [--threads N] [--k N] [--m N] [--steps N] [--types q4_0,q4_K] [--columns 1,8] [--json FILE]\n", program);
     return 2;
 }
 
@@ -133,14 +136,14 @@ int usage(const char * program) {
 int main(int argc, char ** argv) {
     int         n_threads = (int) std::max(1u, std::thread::hardware_concurrency());
     int         k = 4096, m = 11008, n_steps = 11;
-    std::string types = "q4_0,q4_1,q5_0,q5_1,q8_0,q4_K,q5_K,q6_K", columns = "1,2,4,8,16,512", json_path;
+    std::string types = "q4_0,q4_1,q5_0,q5_1,q8_0,q4_K,q5_K,q6_K", columns = "1,2,4,8,16,512", kernel_name, json_path;
     for (int i = 1; i < argc; i += 2) {
         const std::string name = argv[i];
         if (i + 1 == argc) {
             return usage(argv[0]);
         }
         int *         number = name == "--threads" ? &n_threads : name == "--k" ? &k : name == "--m" ? &m : name == "--steps" ? &n_steps : nullptr;
-        std::string * text   = name == "--types" ? &types : name == "--columns" ? &columns : name == "--json" ? &json_path : nullptr;
+        std::string * text   = name == "--types" ? &types : name == "--columns" ? &columns : name == "--kernel" ? &kernel_name : name == "--json" ? &json_path : nullptr;
         if (number != nullptr) {
             *number = atoi(argv[i + 1]);
         } else if (text != nullptr) {
@@ -173,8 +176,16 @@ int main(int argc, char ** argv) {
     for (float & value : values) {
         value = normal(random);
     }
-    printf("%d threads, %d x %d\n%-6s %8s %-12s %9s %9s %7s %7s\n", n_threads, k, m, "type", "columns", "weights", "ms", "GFLOP/s", "GB/s", "ratio");
-    std::string  json = "{\"benchmark\": \"matmul\", \"threads\": " + std::to_string(n_threads) + ", \"k\": " + std::to_string(k) +
+    const qcache_matmul_kernel * kernel = qcache_matmul_kernel_best();
+    for (int i = 0; kernel != nullptr && !kernel_name.empty() && kernel_name != kernel->name; i++) {
+        kernel = qcache_matmul_kernel_by_index(i);
+    }
+    if (kernel == nullptr) {
+        fprintf(stderr, "this CPU has no kernel %sfor packed weights\n", kernel_name.empty() ? "" : (kernel_name + " ").c_str());
+        return 1;
+    }
+    printf("%s, %d threads, %d x %d\n%-6s %8s %-12s %9s %9s %7s %7s\n", kernel->name, n_threads, k, m, "type", "columns", "weights", "ms", "GFLOP/s", "GB/s", "ratio");
+    std::string  json = "{\"benchmark\": \"matmul\", \"kernel\": \"" + std::string(kernel->name) + "\", \"threads\": " + std::to_string(n_threads) + ", \"k\": " + std::to_string(k) +
                        ", \"m\": " + std::to_string(m) + ", \"rows\": [";
     const char * separator = "\n";
     for (const std::string & type_name : split(types)) {
@@ -182,9 +193,12 @@ int main(int argc, char ** argv) {
         while (type < GGML_TYPE_COUNT && (ggml_type_name((ggml_type) type) == nullptr || type_name != ggml_type_name((ggml_type) type))) {
             type++;
         }
-        if (type == GGML_TYPE_COUNT || !qcache_matmul_packs(type, k, m)) {
-            fprintf(stderr, "weights of type %s aren't packed on this CPU\n", type_name.c_str());
+        if (type == GGML_TYPE_COUNT) {
+            fprintf(stderr, "there is no type %s\n", type_name.c_str());
             return 1;
+        }
+        if (!kernel->multiplies(type)) {
+            continue;
         }
         std::vector<uint8_t> rows(ggml_row_size((ggml_type) type, k) * m);
         ggml_quantize_chunk((ggml_type) type, values.data(), rows.data(), 0, m, k, nullptr);
@@ -199,10 +213,10 @@ int main(int argc, char ** argv) {
                 value = normal(random);
             }
             std::vector<std::unique_ptr<products>> all;
-            all.emplace_back(new products(backend.get(), nullptr, (ggml_type) type, k, m, n, n_matrices, rows, x));
+            all.emplace_back(new products(backend.get(), nullptr, kernel, (ggml_type) type, k, m, n, n_matrices, rows, x));
             for (auto buft : bufts) {
                 if (takes(cpu, buft, (ggml_type) type, k, m)) {
-                    all.emplace_back(new products(backend.get(), buft, (ggml_type) type, k, m, n, n_matrices, rows, x));
+                    all.emplace_back(new products(backend.get(), buft, nullptr, (ggml_type) type, k, m, n, n_matrices, rows, x));
                 }
             }
             for (auto & p : all) {

@@ -1,4 +1,4 @@
-"""Results of bench_decode and bench_lazy_attn as tables and a chart."""
+"""Results of bench_decode, bench_lazy_attn and bench_matmul as tables and a chart."""
 
 from __future__ import annotations
 
@@ -74,6 +74,18 @@ def lazy_attn(result: dict[str, Any]) -> str:
         for case, modes in rows.items()
     )
     return "\n".join([facts, "", *table(("shape", "type", "sequences", "lazy off", "lazy visual", "lazy global"), cells)])
+
+
+def matmul(result: dict[str, Any]) -> str:
+    """Products with quantised weights, a line for each type."""
+    columns = list(dict.fromkeys(row["columns"] for row in result["rows"]))
+    ours = {(row["type"], row["columns"]): row for row in result["rows"] if row["weights"] == "ours"}
+    facts = f"Kernel {result['kernel']}, {result['threads']} threads, weights of {result['k']} x {result['m']}. GFLOP/s, and how many times ggml's best."
+    cells = (
+        [kind, *(f"{ours[kind, n]['gflops']:.0f} ({ours[kind, n]['ratio_best']:.1f} x)" for n in columns)]
+        for kind in dict.fromkeys(row["type"] for row in result["rows"])
+    )
+    return "\n".join([facts, "", *table(("type", *(f"{n} row{'s' if n > 1 else ''}" for n in columns)), cells)])
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

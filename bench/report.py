@@ -82,6 +82,7 @@ TEXTS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "speed": ("decode", decode_report.summary),
     "decode": ("decode", _each(decode_report.full)),
     "lazy_attn": ("lazy_attn", _each(decode_report.lazy_attn)),
+    "matmul": ("matmul", _each(decode_report.matmul)),
     "quality": ("quality", _each(quality)),
     "calibration": ("calibration", _each(calibration)),
     "conversion": ("conversion", _each(conversion)),

@@ -10,16 +10,28 @@
 #include <thread>
 #include <vector>
 
-bool qcache_matmul_packs(int32_t type, int64_t k, int64_t m) {
-    return qcache_matmul_kernel_best() != nullptr && qcache_matmul_row_bytes(type, k) != 0 && m % QCACHE_MATMUL_ROWS == 0;
+const qcache_matmul_kernel * qcache_matmul_kernel_for(int32_t type, int64_t k, int64_t m) {
+    const qcache_matmul_kernel * kernel = qcache_matmul_kernel_best();
+    const bool fits = kernel != nullptr && kernel->multiplies(type) && qcache_matmul_row_bytes(type, k) != 0 && m % QCACHE_MATMUL_ROWS == 0;
+    return fits ? kernel : nullptr;
 }
 
-void qcache_matmul_make_packed(ggml_tensor * weight) {
-    weight->extra = (void *) qcache_matmul_kernel_best(); // ggml has something of its own there in its own buffers only
+void qcache_matmul_make_packed(ggml_tensor * weight, const qcache_matmul_kernel * kernel) {
+    weight->extra = (void *) kernel;
+}
+
+// ggml keeps something of its own there in its own buffers
+static const qcache_matmul_kernel * kernel_of(const ggml_tensor * weight) {
+    for (int i = 0; weight->extra != nullptr && qcache_matmul_kernel_by_index(i) != nullptr; i++) {
+        if (weight->extra == (const void *) qcache_matmul_kernel_by_index(i)) {
+            return qcache_matmul_kernel_by_index(i);
+        }
+    }
+    return nullptr;
 }
 
 bool qcache_matmul_is_packed(const ggml_tensor * weight) {
-    return weight->extra != nullptr && weight->extra == (const void *) qcache_matmul_kernel_best();
+    return kernel_of(weight) != nullptr;
 }
 
 void qcache_matmul_set(ggml_tensor * weight, const void * rows) {
@@ -57,10 +69,10 @@ static void matmul(ggml_tensor * dst, int, int nth, void * userdata) {
     const ggml_tensor * weight   = dst->src[0];
     const int32_t       n_strips = (int32_t) (weight->ne[1] / QCACHE_MATMUL_ROWS);
     const int32_t       n_now    = std::max(1, n_strips / (16 * nth));
+    const auto *        kernel   = (const qcache_matmul_kernel *) weight->extra;
     for (int32_t first; (first = node.next.fetch_add(n_now, std::memory_order_relaxed)) < n_strips;) {
-        qcache_matmul_kernel_best()->multiply(weight->type, (const uint8_t *) weight->data, (const uint8_t *) dst->src[1]->data,
-                                              (float *) dst->data, (int32_t) weight->ne[0], (int32_t) weight->ne[1], (int32_t) dst->ne[1],
-                                              first, std::min(first + n_now, n_strips));
+        kernel->multiply(weight->type, (const uint8_t *) weight->data, (const uint8_t *) dst->src[1]->data, (float *) dst->data,
+                         (int32_t) weight->ne[0], (int32_t) weight->ne[1], (int32_t) dst->ne[1], first, std::min(first + n_now, n_strips));
     }
     // the last one out leaves the node as it was, for the graph's next run
     if (node.n_done.fetch_add(1, std::memory_order_acq_rel) + 1 == nth) {

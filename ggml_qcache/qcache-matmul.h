@@ -17,12 +17,14 @@
 struct ggml_context;
 struct ggml_tensor;
 
-// Whether this CPU multiplies better with weights of this type [k, m] packed.
-bool qcache_matmul_packs(int32_t type, int64_t k, int64_t m);
+struct qcache_matmul_kernel;
+
+// The kernel of this CPU that multiplies weights of this type [k, m] once they are packed; NULL: there is none.
+const qcache_matmul_kernel * qcache_matmul_kernel_for(int32_t type, int64_t k, int64_t m);
 
 // Makes a tensor in plain host memory one whose data is packed; it is written by qcache_matmul_set from then on, and read by
 // qcache_op_matmul alone.
-void qcache_matmul_make_packed(ggml_tensor * weight);
+void qcache_matmul_make_packed(ggml_tensor * weight, const qcache_matmul_kernel * kernel);
 bool qcache_matmul_is_packed(const ggml_tensor * weight);
 
 // Packs rows as ggml lays them out, ggml_nbytes of them, on all cores.
@@ -34,7 +36,7 @@ struct qcache_matmul_node {
     std::atomic<int32_t> n_done{ 0 }; // threads
 };
 
-// x: [k, n] f32, its rows contiguous -> the rows in 8 bits, as the kernels want them
+// x: [k, n] f32, its rows contiguous -> the rows in 8 bits, as all kernels want them
 ggml_tensor * qcache_op_quantize(ggml_context * ctx, ggml_tensor * x);
 
 // weight: [k, m] packed; xq: what qcache_op_quantize made of [k, n] -> [m, n] f32

@@ -41,10 +41,10 @@ enum class weight_use { host, elementwise, matmul };
 
 // where a weight lives; packed for our own products, it is in the CPU's plain buffer type
 struct weight_home {
-    ggml_backend_buffer_type_t buft;
-    bool                       packed;
+    ggml_backend_buffer_type_t   buft;
+    const qcache_matmul_kernel * kernel; // NULL: not packed
 
-    bool operator<(const weight_home & other) const { return std::tie(buft, packed) < std::tie(other.buft, other.packed); }
+    bool operator<(const weight_home & other) const { return std::tie(buft, kernel) < std::tie(other.buft, other.kernel); }
 };
 
 // rows as the file has them
@@ -89,21 +89,21 @@ struct loader {
 
     weight_home home_for(weight_use use, const ggml_tensor * shape) const {
         if (use == weight_use::host) {
-            return { ggml_backend_dev_buffer_type(cpu), false };
+            return { ggml_backend_dev_buffer_type(cpu), nullptr };
         }
         if (use == weight_use::matmul && params.use_extra_bufts && !place->is_gpu) {
-            const bool packs = qcache_matmul_packs(shape->type, shape->ne[0], shape->ne[1]);
+            const qcache_matmul_kernel * kernel = qcache_matmul_kernel_for(shape->type, shape->ne[0], shape->ne[1]);
             for (auto buft : extra_bufts) {
                 const bool is_repack = strcmp(ggml_backend_buft_name(buft), "CPU_REPACK") == 0;
-                if (!(packs && is_repack) && supports_matmul(cpu, buft, shape) && qcache_buft_works(buft)) {
-                    return { buft, false };
+                if (!(kernel != nullptr && is_repack) && supports_matmul(cpu, buft, shape) && qcache_buft_works(buft)) {
+                    return { buft, nullptr };
                 }
             }
-            if (packs) {
-                return { ggml_backend_dev_buffer_type(cpu), true };
+            if (kernel != nullptr) {
+                return { ggml_backend_dev_buffer_type(cpu), kernel };
             }
         }
-        return { ggml_backend_dev_buffer_type(place->device), false };
+        return { ggml_backend_dev_buffer_type(place->device), nullptr };
     }
 
     ggml_context * ctx_for(const weight_home & home) {
@@ -158,8 +158,8 @@ struct loader {
         }
         ggml_tensor * tensor = ggml_dup_tensor(ctx_for(home), shape);
         ggml_set_name(tensor, name.c_str());
-        if (home.packed) {
-            qcache_matmul_make_packed(tensor);
+        if (home.kernel != nullptr) {
+            qcache_matmul_make_packed(tensor, home.kernel);
         }
         seen[id] = true;
         jobs.push_back({ tensor, id });
@@ -237,7 +237,7 @@ struct loader {
             ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
             const size_t size = ggml_backend_buffer_get_size(buffer.get());
             model.n_bytes += size;
-            if (home.packed || std::find(extra_bufts.begin(), extra_bufts.end(), buft) != extra_bufts.end()) {
+            if (home.kernel != nullptr || std::find(extra_bufts.begin(), extra_bufts.end(), buft) != extra_bufts.end()) {
                 model.n_bytes_extra += size;
             }
             model.buffers.push_back(std::move(buffer));

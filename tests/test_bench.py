@@ -180,6 +180,18 @@ def test_report_of_the_operation_alone(tmp_path, capsys):
     assert "| 32 heads, 8 KV heads of 80 | q8_0 | 8 | 20.0 (80 %) |" in capsys.readouterr().out
 
 
+def test_report_of_products(tmp_path, capsys):
+    rows = [
+        {"type": "q4_0", "columns": n, "weights": weights, "gflops": gflops * n, "ratio_best": gflops / 150}
+        for n in (1, 8) for weights, gflops in (("ours", 300.0), ("CPU", 100.0), ("CPU_REPACK", 150.0))
+    ]  # fmt: skip
+    result = {"benchmark": "matmul", "kernel": "avx512vnni", "threads": 2, "k": 4096, "m": 11008, "rows": rows}
+    (tmp_path / "r.json").write_text(json.dumps(result))
+    assert report.main([str(tmp_path / "r.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "| type | 1 row | 8 rows |" in shown and "| q4_0 | 300 (2.0 x) | 2400 (2.0 x) |" in shown
+
+
 def test_extrapolation():
     assert bench_calibration.extrapolated([2, 4, 6], [5, 9, 13], 1, 32) == pytest.approx(65)
     assert bench_calibration.extrapolated([2, 4, 6], [4, 16, 36], 2, 32) == pytest.approx(1024)

@@ -48,7 +48,9 @@ static inline int32_t qcache_matmul_n_columns(int32_t n) {
 }
 
 struct qcache_matmul_kernel {
-    const char * name;
+    const char * name; // "avx512vnni", "avxvnni", "avx2"
+
+    bool (*multiplies)(int32_t type);
 
     // Rounds [first, end) of the n * k / 32 blocks of x ([n] rows of k floats, stride apart), counted column by column.
     void (*quantize)(const float * x, size_t stride, int32_t k, int32_t n, int64_t first, int64_t end, uint8_t * xq);
@@ -58,9 +60,13 @@ struct qcache_matmul_kernel {
                      int32_t end);
 };
 
+// one per instruction set; only where the compiler targets that architecture
 const qcache_matmul_kernel * qcache_matmul_kernel_avx512(); // needs AVX512_VNNI
+const qcache_matmul_kernel * qcache_matmul_kernel_avxvnni();
+const qcache_matmul_kernel * qcache_matmul_kernel_avx2();
 
-// of this CPU, found at run time; NULL: none, and ggml multiplies
+// kernels that this CPU runs, best first; NULL past the end. Where there is none ggml multiplies.
+const qcache_matmul_kernel * qcache_matmul_kernel_by_index(int i);
 const qcache_matmul_kernel * qcache_matmul_kernel_best();
 
 // bytes of a row of weights; 0: the type isn't packed, or its rows aren't whole blocks

@@ -10,9 +10,13 @@ if (CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
     list(APPEND QCACHE_SOURCES
         ${CMAKE_CURRENT_LIST_DIR}/attn-avx2.cpp
         ${CMAKE_CURRENT_LIST_DIR}/attn-avx512.cpp
+        ${CMAKE_CURRENT_LIST_DIR}/matmul-avx2.cpp
+        ${CMAKE_CURRENT_LIST_DIR}/matmul-avxvnni.cpp
         ${CMAKE_CURRENT_LIST_DIR}/matmul-avx512.cpp)
-    set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/attn-avx2.cpp PROPERTIES
+    set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/attn-avx2.cpp ${CMAKE_CURRENT_LIST_DIR}/matmul-avx2.cpp PROPERTIES
         COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
+    set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/matmul-avxvnni.cpp PROPERTIES
+        COMPILE_OPTIONS "-mavxvnni;-mavx2;-mfma;-mf16c")
     set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/attn-avx512.cpp PROPERTIES
         COMPILE_OPTIONS "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx2;-mfma;-mf16c")
     set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/matmul-avx512.cpp PROPERTIES

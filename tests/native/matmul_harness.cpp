@@ -1,5 +1,6 @@
 // matmul_harness.cpp: products with packed weights (qcache-matmul.h) for tests/test_matmul.py
 
+#include "cpu/matmul-kernels.h"
 #include "qcache-matmul.h"
 
 #include <ggml-backend.h>
@@ -15,13 +16,22 @@
 #    define HARNESS_API extern "C" __attribute__((visibility("default")))
 #endif
 
+HARNESS_API const char * harness_matmul_kernel_name(int32_t i) {
+    const qcache_matmul_kernel * kernel = qcache_matmul_kernel_by_index(i);
+    return kernel != nullptr ? kernel->name : nullptr;
+}
+
 HARNESS_API int32_t harness_matmul_packs(int32_t type, int64_t k, int64_t m) {
-    return qcache_matmul_packs(type, k, m);
+    return qcache_matmul_kernel_for(type, k, m) != nullptr;
 }
 
 // out [n_runs][n][m] = x [n][k] times the weights [m][k], rows of blocks as in a GGUF; the rows of x are stride floats apart
-HARNESS_API int32_t harness_matmul(int32_t type, int64_t k, int64_t m, int64_t n, const void * rows, const float * x, int64_t stride,
+HARNESS_API int32_t harness_matmul(int32_t i_kernel, int32_t type, int64_t k, int64_t m, int64_t n, const void * rows, const float * x, int64_t stride,
                                    float * out, int32_t n_threads, int32_t n_runs) {
+    const qcache_matmul_kernel * kernel = qcache_matmul_kernel_by_index(i_kernel);
+    if (kernel == nullptr || !kernel->multiplies(type)) {
+        return 1;
+    }
     ggml_backend_ptr backend{ ggml_backend_cpu_init() };
     ggml_backend_cpu_set_n_threads(backend.get(), n_threads);
     ggml_context_ptr weights{ ggml_init({ ggml_tensor_overhead(), nullptr, true }) };
@@ -29,7 +39,7 @@ HARNESS_API int32_t harness_matmul(int32_t type, int64_t k, int64_t m, int64_t n
 
     ggml_tensor * w = ggml_new_tensor_2d(weights.get(), (ggml_type) type, k, m);
     ggml_backend_buffer_ptr of_weights{ ggml_backend_alloc_ctx_tensors(weights.get(), backend.get()) };
-    qcache_matmul_make_packed(w);
+    qcache_matmul_make_packed(w, kernel);
     qcache_matmul_set(w, rows);
 
     ggml_tensor *      input = ggml_new_tensor_2d(rest.get(), GGML_TYPE_F32, stride, n);
