@@ -1,7 +1,8 @@
 """What lazy and dropped layers cost in accuracy, on the mini-LLaVA's held-out scenes, beside other ways to save KV bytes.
 
 The layers are chosen on training scenes by each metric at each budget, then every plan answers the same questions: greedy,
-through our own runtime. One run gives one table, and JSON with `--json`; `--resume` goes on with one that was interrupted.
+through our own runtime. One run gives one table, and JSON with `--json`; `--resume` goes on with one that was interrupted, or makes
+corrections again.
 
     python bench/bench_quality.py --scenes 1000 --modes visual,global --budgets 0.2,0.3 --mixed-budgets 0.35 --json quality.json
 
@@ -35,7 +36,7 @@ from ggml_qcache import Llama
 from ggml_qcache_convert import convert
 from ggml_qcache_convert.calibration import N_SEQ_MAX
 from machine import facts, write_result
-from quality_plans import make_plans
+from quality_plans import CORRECTIONS, make_plans
 from quality_runs import Answers, Plan, Test, make_prompts, run_plan
 from rich.console import Console
 from rich.table import Table
@@ -98,13 +99,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--calibration-samples", type=int, default=32, help="training scenes to choose on")
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="threads, a context each")
     p.add_argument("--json", type=Path, help="write the rows here too, after each of them")
-    p.add_argument("--resume", action="store_true", help="take rows of plans without corrections from --json's file where it has them")
+    p.add_argument("--resume", action="store_true", help="take rows from --json's file where it has them, and the layers that were chosen")
+    p.add_argument("--again", default="", help="with --resume, corrections to make again: align_heads, vis_bias, refit, all")
     args = p.parse_args(argv)
-    for name in ("modes", "metrics", "budgets", "mixed_budgets", "controls"):
+    for name in ("modes", "metrics", "budgets", "mixed_budgets", "controls", "again"):
         setattr(args, name, [part for part in getattr(args, name).split(",") if part])
     args.budgets, args.mixed_budgets = ([float(budget) for budget in budgets] for budgets in (args.budgets, args.mixed_budgets))
     if unknown := sorted(set(args.controls) - set(CONTROLS)):
         p.error(f"--controls {','.join(unknown)} isn't among {','.join(CONTROLS)}")
+    if unknown := sorted(set(args.again) - {*CORRECTIONS, "all"}):
+        p.error(f"--again {','.join(unknown)} isn't among {','.join(CORRECTIONS)},all")
     if args.resume and not (args.json and args.json.is_file()):
         p.error(f"--resume goes on with the file of --json, got {args.json}")
     if args.scenes < 1 or args.calibration_samples < 1 or args.threads < 1:
@@ -125,7 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SystemExit(f"{args.json} is of {begun['scenes']} scenes, not {args.scenes}")
         if begun["weights_sha256"] != weights:
             raise SystemExit(f"{args.json} is of other weights than those in {args.model}: sha256 {begun['weights_sha256']}, not {weights}")
-        earlier, result["begun_at_commit"] = begun["rows"], begun["commit"]
+        earlier = [r for r in begun["rows"] if not r["method"].endswith(tuple(f" + {name}" for name in args.again))]
+        result["begun_at_commit"] = begun["commit"]
     with tempfile.TemporaryDirectory() as folder:
         model, mmproj = Path(folder) / "model.gguf", Path(folder) / "mmproj.gguf"
         convert(args.model, model, mmproj, outtype=args.outtype)
@@ -141,9 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     write_result(result, args.json)
 
             add(row(Plan("none"), untouched, untouched, tests))
-            plans = make_plans(llm, args.modes, args.metrics, args.budgets, args.mixed_budgets, args.controls, args.calibration_samples)
+            plans = make_plans(llm, args.modes, args.metrics, args.budgets, args.mixed_budgets, args.controls, args.calibration_samples, earlier)
             for plan in plans:
-                known = None if plan.corrected else next((r for r in earlier if plan.facts().items() <= r.items()), None)
+                known = next((r for r in earlier if plan.facts().items() <= r.items()), None)
                 add(known or row(plan, run_plan(llm, plan, tests, prompts, untouched, args.threads), untouched, tests))
     Console(width=180).print(table(result["rows"], args.scenes))
     return 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ggml_qcache import Llama
@@ -22,20 +23,24 @@ from scenes import TASKS, ask, make_scene, render
 CALIBRATION_SEED = 2_000_000  # training scenes far from any that a training run reaches
 CORRECTIONS = ("align_heads", "vis_bias", "refit")
 PRUNED_AFTER = 2  # layers, as in FastV
-N_CORRECTED = 32  # samples to correct on: thousands of rows, for matrices of a width of 96
+N_CORRECTED = 64  # samples to correct on, half of them held out: thousands of rows, for matrices of a width of 96
 
 
 class Calibrator:
-    """Measures the model on training scenes and makes plans of what it saw."""
+    """Measures the model on training scenes and makes plans of what it saw.
 
-    def __init__(self, llm: Llama, folder: Path, n_samples: int) -> None:
+    Layers that rows of an earlier run name for the same method, mode and budget aren't chosen again, and corrected plans that
+    have a row there come without weights.
+    """
+
+    def __init__(self, llm: Llama, folder: Path, n_samples: int, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
         prompts = []
         for seed in range(CALIBRATION_SEED, CALIBRATION_SEED + n_samples):
             scene = make_scene(seed)
             render(scene).save(folder / f"scene-{seed}.png")
             rng = random.Random(seed)
             prompts += [pair[0] for pair in (ask(scene, task, rng) for task in TASKS) if pair]
-        self._llm = llm
+        self._llm, self._earlier = llm, earlier
         # as often as they are asked: of all different questions, hardly one is for a caption
         self._kept = {"images": folder, "n_samples": n_samples, "prompts": sorted(prompts), "n_answer": 96, "block_tokens": BLOCK_TOKENS}
         self._measured: dict[str, Measured] = {}
@@ -51,23 +56,30 @@ class Calibrator:
             self._measured[mode] = measure(self._llm, self.settings("js", mode, 0.2), progress=True)
         return self._measured[mode]
 
+    def _row(self, method: str, mode: str, budget: float | None) -> Mapping[str, Any] | None:
+        """The row of an earlier run."""
+        return next((row for row in self._earlier if (row["method"], row["mode"], row["budget"]) == (method, mode, budget)), None)
+
     def lazy(self, metric: str, mode: str, budget: float, drops: bool = False) -> Plan:
         """Lazy layers, and with ``drops`` layers without attention, chosen by a metric."""
         started = time.monotonic()
+        method = f"mixed, {metric}" if drops else metric
+        if (row := self._row(method, mode, budget)) is not None:
+            return Plan(method, mode, row["leaders"], budget=budget, seconds=row["seconds_to_choose"])
         leaders = calibrate(self._llm, self.settings(metric, mode, budget, drops), self.measured(mode), progress=True).leaders
-        return Plan(f"mixed, {metric}" if drops else metric, mode, leaders, seconds=time.monotonic() - started)
+        return Plan(method, mode, leaders, budget=budget, seconds=time.monotonic() - started)
 
     def corrected(self, plan: Plan, wanted: Sequence[str]) -> Plan:
         """A plan with some of its corrections."""
         started = time.monotonic()
         assert plan.leaders is not None
+        method = f"{plan.method} + {'all' if len(wanted) > 1 else wanted[0]}"
+        if self._row(method, plan.mode, plan.budget) is not None:
+            return replace(plan, method=method)
         samples = self.measured(plan.mode).samples[:N_CORRECTED]
         made = correct(self._llm, plan.leaders, samples, plan.mode, progress=True, **dict.fromkeys(wanted, True))
-        names = "all" if len(wanted) > 1 else wanted[0]
-        return replace(
-            plan, method=f"{plan.method} + {names}", weights=made.weights, vis_bias=made.vis_bias,
-            seconds=plan.seconds + time.monotonic() - started,
-        )  # fmt: skip
+        seconds = plan.seconds + time.monotonic() - started
+        return replace(plan, method=method, weights=made.weights, vis_bias=made.vis_bias, seconds=seconds)
 
     def dropped(self, budget: float) -> Plan:
         """As many layers without attention as the budget takes, those whose loss alone changes the logits least."""
@@ -120,6 +132,7 @@ def make_plans(
     mixed_budgets: Sequence[float],
     controls: Sequence[str],
     n_samples: int,
+    earlier: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[Plan]:
     """The rows of the table after the untouched model's.
 
@@ -131,12 +144,13 @@ def make_plans(
         mixed_budgets: Likewise where layers may also lose their attention, by those of the metrics that can tell what that costs.
         controls: Of ``corrections``, ``corrected``, ``random``, ``dropped``, ``pruned``, ``scaled``, ``quantised``.
         n_samples: Training scenes to choose on.
+        earlier: Rows of an earlier run to go on with.
     """
     if "quantised" in controls:
         for kv_type in ("q8_0", "q4_0"):
             yield Plan(kv_type, kv_type=kv_type)
     with tempfile.TemporaryDirectory() as folder:
-        calibrator = Calibrator(llm, Path(folder), n_samples)
+        calibrator = Calibrator(llm, Path(folder), n_samples, earlier)
         if "dropped" in controls:
             for budget in sorted({*budgets, *mixed_budgets}):
                 yield calibrator.dropped(budget)

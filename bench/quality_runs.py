@@ -80,6 +80,7 @@ class Plan:
         mode: ``visual`` or ``global``; ``off`` where no layer is lazy.
         leaders: ``[n_layer]``; None: every layer full.
         kv_type: Type of K and V.
+        budget: Share of the KV bytes that its layers were chosen to save; None: it has none.
         weights, vis_bias: Of corrections.
         prune: Layers that see every token, and share of the visual tokens that stay after them.
         side: Visual tokens a side, resampled; None: as they are.
@@ -90,6 +91,7 @@ class Plan:
     mode: str = "off"
     leaders: Sequence[int] | None = None
     kv_type: str = "f16"
+    budget: float | None = None
     weights: dict[str, Array] = field(default_factory=dict)
     vis_bias: Array | None = None
     prune: tuple[int, float] | None = None
@@ -106,11 +108,6 @@ class Plan:
         """The layers without attention, ascending."""
         return dropped_of(self.leaders or [])
 
-    @property
-    def corrected(self) -> bool:
-        """Whether weights or biases are changed."""
-        return bool(self.weights) or self.vis_bias is not None
-
     def facts(self) -> dict[str, Any]:
         """What a row of the JSON tells about it, corrections aside."""
         return {
@@ -118,6 +115,7 @@ class Plan:
             "mode": self.mode,
             "lazy_layers": self.lazy_layers,
             "leaders": None if self.leaders is None else list(self.leaders),
+            "budget": self.budget,
             "kv_type": self.kv_type,
             "prune": None if self.prune is None else list(self.prune),
             "visual_tokens_a_side": self.side,

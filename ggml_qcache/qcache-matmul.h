@@ -1,9 +1,9 @@
 // qcache-matmul.h: products with quantised weights, packed for this CPU's integer dot products
 //
 // ggml multiplies weights that it repacked (CPU_REPACK) as fast as memory gives them for none but a single row, and has no
-// such kernels for some types. Ours take 16 rows of weights at once, unpack them once for up to 16 rows of activations and
-// prefetch what comes. On two Zen 5 cores, q4_0 of 4096 x 11008, GFLOP/s with 1, 2, 8 and 512 rows: ggml 166, 172, 409, 575;
-// ours 234, 439, 1132, 1324.
+// such kernels for most types. Ours take 16 rows of weights at once, unpack them once for up to 16 rows of activations and
+// prefetch what comes. On two Zen 5 cores, q4_0 of 4096 x 11008, GFLOP/s with 1, 2, 8 and 512 rows (bench/bench_matmul.cpp):
+// ggml 162, 172, 404, 577; ours 221, 424, 1097, 1245.
 //
 // Two nodes make a product: one rounds the activations to 8 bits, a scale for each 32 as in q8_0, and serves all products
 // with the same input; the other multiplies. ggml runs all threads through one node before the next.

@@ -60,6 +60,8 @@ def add_calibration_keys(writer: GGUFWriter, chosen: "Calibration") -> None:
     if chosen.corrections is not None:
         writer.add_string("qcache.calibration.corrections", ",".join(settings.corrections))
         writer.add_float32("qcache.calibration.logits_kl_uncorrected", chosen.uncorrected_kl)
+        if chosen.corrections.refit_step is not None:
+            writer.add_float32("qcache.calibration.refit_step", chosen.corrections.refit_step)
         last = {error.layer: error.last for error in chosen.corrections.errors}
         writer.add_array("qcache.calibration.corrected_error", [last.get(layer, 0.0) for layer in range(len(chosen.leaders))])
     writer.add_uint64("qcache.calibration.seed", settings.seed)

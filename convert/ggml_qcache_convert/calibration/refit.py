@@ -1,4 +1,4 @@
-"""Refits W_o and W_v of a lazy layer by ridge regression; one sample in four decides how much to shrink, and whether it helps."""
+"""Refits W_o and W_v of a lazy layer by ridge regression; one sample in two is held out: they decide how much to shrink, and whether it helps."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,13 +8,19 @@ import numpy.typing as npt
 Array = npt.NDArray[np.floating]
 Doubles = npt.NDArray[np.float64]
 
+HOLD_OUT = 2  # one sample in so many isn't fitted to
 RIDGES = tuple(10.0**e for e in range(-5, 2))  # tried, times the mean eigenvalue
 _TOLERANCE = 1e-5  # of conjugate gradients, relative
 _MOST_STEPS = 200
 
 
+def is_held_out(i: int) -> bool:
+    """Whether sample ``i`` is kept from the fit."""
+    return i % HOLD_OUT == HOLD_OUT - 1
+
+
 class Ridge:
-    """Least squares of residuals on inputs, kept as sums, in two parts: one sample in four decides how much to shrink."""
+    """Least squares of residuals on inputs, kept as sums, in two parts: samples to fit to, and those held out."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         self._gram = np.zeros((2, n_in, n_in))
@@ -27,7 +33,7 @@ class Ridge:
         """Adds a sample's rows: ``[n, n_in]``, ``[n, n_out]``, and how much each counts."""
         scale = np.sqrt(weights)[:, None]
         x, y = inputs * scale, residuals * scale
-        part = int(self._n_samples % 4 == 3)
+        part = int(is_held_out(self._n_samples))
         self._gram[part] += x.T @ x
         self._cross[part] += x.T @ y
         self._power[part] += np.sum(y**2)
@@ -46,16 +52,12 @@ class Ridge:
         values, vectors = np.linalg.eigh(self._gram[0])
         rotated = vectors.T @ self._cross[0]
         held_out = slice(1, 2)
-        best, best_error = None, self.error(parts=held_out)
+        best, best_error = np.zeros_like(rotated), self.error(parts=held_out)
         for ridge in RIDGES:
-            error = self.error(vectors @ (rotated / (values + ridge * values.mean())[:, None]), held_out)
-            if error < best_error:
-                best, best_error = ridge, error
-        if best is None:
-            return np.zeros_like(rotated)
-        gram = self._gram.sum(0)
-        gram[np.diag_indices_from(gram)] += best * np.trace(gram) / len(gram)
-        return np.linalg.solve(gram, self._cross.sum(0))
+            solution = vectors @ (rotated / (values + ridge * values.mean())[:, None])
+            if (error := self.error(solution, held_out)) < best_error:
+                best, best_error = solution, error
+        return best
 
 
 class ValueRidge:
@@ -83,7 +85,7 @@ class ValueRidge:
         scale = np.sqrt(weights)[:, None]
         y = residuals * scale
         f = features * scale[:, :, None]
-        part = int(self._n_samples % 4 == 3)
+        part = int(is_held_out(self._n_samples))
         flat = f.reshape(len(f), -1)
         self._gram[part] += flat.T @ flat
         back = (y @ self._w_o).reshape(len(y), self._n_head, self._head_dim)
@@ -140,10 +142,9 @@ class ValueRidge:
         change = None
         for ridge in reversed(RIDGES):
             change = self.solve_with(ridge, slice(0, 1), change)
-            error = self.error(change, held_out)
-            if error < best_error:
-                best, best_error = ridge, error
-        return None if best is None else self.solve_with(best)
+            if (error := self.error(change, held_out)) < best_error:
+                best, best_error = change, error
+        return best
 
 
 def main_directions(inputs: Sequence[Array], norm: Array, n: int) -> Array:

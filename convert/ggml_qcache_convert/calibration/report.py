@@ -132,6 +132,8 @@ def facts(chosen: Calibration) -> dict[str, str]:
     if settings.corrects:
         result["uncorrected"] = f"{chosen.uncorrected_kl:.5f} nats"
         result["corrections"] = ", ".join(settings.corrections)
+    if chosen.corrections is not None and chosen.corrections.refit_step is not None:
+        result["refitted weights go"] = f"{chosen.corrections.refit_step:.0%} of the way"
     return result
 
 
@@ -151,7 +153,7 @@ def _page(chosen: Calibration, name: str, picture: bytes) -> str:
         f'<table>{rows}</table><img alt="divergence by pair of layers, error by layer, KV bytes" src="data:image/png;base64,{image}">'
         f"<table><tr>{head}</tr>{body}</table><p>Errors are relative and squared, of the residual stream after the layer's attention. "
         "If dropped, and alone: in the untouched model, at rows of text and some visual ones. Shared and later: over all rows, with all lazy layers "
-        "before it, and after each correction; refitted: W_o, revalued: W_v too.</p></html>\n"
+        "before it, and after each correction; refitted: W_o, revalued: W_v too, all the way.</p></html>\n"
     )
 
 
