@@ -25,7 +25,7 @@ void qcache_graph::set_composed_inputs() const {
 }
 
 size_t qcache_graph::n_nodes_max(const qcache_step & step) {
-    const size_t per_layer = 48 + (step.kernel == nullptr ? qcache_composed_n_nodes(&step.attn) : 0);
+    const size_t per_layer = 56 + (step.kernel == nullptr ? qcache_composed_n_nodes(&step.attn) : 0);
     return 64 + per_layer * (step.model.hparams.n_layer + 1);
 }
 

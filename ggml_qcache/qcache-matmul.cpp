@@ -7,6 +7,7 @@
 #include <ggml.h>
 
 #include <algorithm>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -35,17 +36,25 @@ bool qcache_matmul_is_packed(const ggml_tensor * weight) {
 }
 
 void qcache_matmul_set(ggml_tensor * weight, const void * rows) {
-    const int64_t n_strips  = weight->ne[1] / QCACHE_MATMUL_ROWS;
-    const int64_t n_threads = std::clamp<int64_t>(std::thread::hardware_concurrency(), 1, std::max<int64_t>(1, n_strips / 8));
-    const auto    work      = [&](int64_t ith) {
-        qcache_matmul_pack(weight->type, (const uint8_t *) rows, (uint8_t *) weight->data, weight->ne[0], n_strips * ith / n_threads,
-                           n_strips * (ith + 1) / n_threads);
+    constexpr int64_t    N_NOW    = 8; // strips
+    const int64_t        n_strips = weight->ne[1] / QCACHE_MATMUL_ROWS;
+    std::atomic<int64_t> next{ 0 };
+    const auto           work = [&] {
+        for (int64_t first; (first = next.fetch_add(N_NOW)) < n_strips;) {
+            qcache_matmul_pack(weight->type, (const uint8_t *) rows, (uint8_t *) weight->data, weight->ne[0], first,
+                               std::min(first + N_NOW, n_strips));
+        }
     };
     std::vector<std::thread> threads;
-    for (int64_t ith = 1; ith < n_threads; ith++) {
-        threads.emplace_back(work, ith);
+    threads.reserve(std::thread::hardware_concurrency());
+    try {
+        for (size_t i = 1; i < threads.capacity() && (int64_t) i * N_NOW < n_strips; i++) {
+            threads.emplace_back(work);
+        }
+    } catch (const std::system_error &) {
+        // as many as the system gives
     }
-    work(0);
+    work();
     for (auto & thread : threads) {
         thread.join();
     }

@@ -130,6 +130,20 @@ def test_rows_apart_and_zeros(kernel: str) -> None:
 
 
 @every_kernel
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_what_is_no_number_stays_so(kernel: str, bad: float) -> None:
+    """A row that overflowed isn't taken for one of zeros, and spoils no other."""
+    rows, _ = make_weights(T.Q4_0, M, K)
+    x = make_inputs(4, K)
+    for place in (0, 21, K - 1):
+        spoilt = x.copy()
+        spoilt[2, place] = bad
+        got = product(kernel, T.Q4_0, rows, spoilt, M)[0]
+        assert np.isnan(got[2]).all()
+        np.testing.assert_array_equal(got[[0, 1, 3]], product(kernel, T.Q4_0, rows, x, M)[0][[0, 1, 3]])
+
+
+@every_kernel
 def test_rounding_costs_no_more_than_ggml(kernel: str) -> None:
     """Activations are rounded as for ggml's q8_0, whose scales are f16: the error against exact ones is that of 8 bits."""
     rows, values = make_weights(T.Q5_1, M, K)

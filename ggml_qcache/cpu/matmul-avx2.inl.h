@@ -39,11 +39,17 @@ inline __m128i load_bytes(const uint8_t * x) { return _mm_loadl_epi64((const __m
 
 template <int N> vi v_shift16(vi x) { return N > 0 ? _mm256_slli_epi16(x, N > 0 ? N : 0) : _mm256_srli_epi16(x, N > 0 ? 0 : -N); }
 
+// largest absolute value, NaN where there is one
 inline float peak_of(const float * x) {
     const vf sign = _mm256_set1_ps(-0.0f);
-    vf       peak = _mm256_andnot_ps(sign, _mm256_loadu_ps(x));
-    for (int i = 8; i < 32; i += 8) {
-        peak = _mm256_max_ps(peak, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
+    vf       peak = _mm256_setzero_ps(), unordered = _mm256_setzero_ps();
+    for (int i = 0; i < 32; i += 8) {
+        const vf v = _mm256_loadu_ps(x + i);
+        unordered  = _mm256_or_ps(unordered, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+        peak       = _mm256_max_ps(peak, _mm256_andnot_ps(sign, v));
+    }
+    if (_mm256_movemask_ps(unordered) != 0) {
+        return __builtin_nanf("");
     }
     __m128 most = _mm_max_ps(_mm256_castps256_ps128(peak), _mm256_extractf128_ps(peak, 1));
     most        = _mm_max_ps(most, _mm_movehl_ps(most, most));

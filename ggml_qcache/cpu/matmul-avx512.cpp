@@ -42,8 +42,13 @@ inline __m128i load_bytes(const uint8_t * x) { return _mm_loadu_si128((const __m
 
 template <int N> vi v_shift16(vi x) { return N > 0 ? _mm512_slli_epi16(x, N > 0 ? N : 0) : _mm512_srli_epi16(x, N > 0 ? 0 : -N); }
 
+// largest absolute value, NaN where there is one
 inline float peak_of(const float * x) {
-    return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x)), _mm512_abs_ps(_mm512_loadu_ps(x + 16))));
+    const vf low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
+    if (_mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q) != 0) {
+        return __builtin_nanf("");
+    }
+    return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
 }
 
 // x times a factor, rounded to bytes, and the sums of either half

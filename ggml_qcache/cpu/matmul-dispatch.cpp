@@ -2,7 +2,7 @@
 
 #include "matmul-kernels.h"
 
-#if defined(__x86_64__)
+#if defined(QCACHE_HAS_AVX_VNNI)
 #    include <cpuid.h>
 
 // not all compilers' __builtin_cpu_supports know it
@@ -23,9 +23,11 @@ const qcache_matmul_kernel * qcache_matmul_kernel_by_index(int i) {
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
             kernels[n++] = qcache_matmul_kernel_avx512();
         }
+#    if defined(QCACHE_HAS_AVX_VNNI)
         if (has_avx2 && has_avx_vnni()) {
             kernels[n++] = qcache_matmul_kernel_avxvnni();
         }
+#    endif
         if (has_avx2) {
             kernels[n++] = qcache_matmul_kernel_avx2();
         }
