@@ -2,17 +2,19 @@
 
 #include "attn-scratch.h"
 
+#if defined(__x86_64__)
+#    include "x86-features.h"
+#endif
+
 const qcache_attn_kernel * qcache_attn_kernel_by_index(int i) {
     static const qcache_attn_kernel * kernels[4];
     static const int n_kernels = [] {
         int n = 0;
-#if defined(__x86_64__) || defined(_M_X64)
-        __builtin_cpu_init();
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+#if defined(__x86_64__)
+        if (qcache_has_avx512()) {
             kernels[n++] = qcache_attn_kernel_avx512();
         }
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+        if (qcache_has_avx2()) {
             kernels[n++] = qcache_attn_kernel_avx2();
         }
 #elif defined(__aarch64__)

@@ -2,14 +2,8 @@
 
 #include "matmul-kernels.h"
 
-#if defined(QCACHE_HAS_AVX_VNNI)
-#    include <cpuid.h>
-
-// not all compilers' __builtin_cpu_supports know it
-static bool has_avx_vnni() {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
-}
+#if defined(__x86_64__)
+#    include "x86-features.h"
 #endif
 
 const qcache_matmul_kernel * qcache_matmul_kernel_by_index(int i) {
@@ -17,18 +11,15 @@ const qcache_matmul_kernel * qcache_matmul_kernel_by_index(int i) {
     static const int n_kernels = [] {
         int n = 0;
 #if defined(__x86_64__)
-        __builtin_cpu_init();
-        const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-        if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+        if (qcache_has_avx512_vnni()) {
             kernels[n++] = qcache_matmul_kernel_avx512();
         }
 #    if defined(QCACHE_HAS_AVX_VNNI)
-        if (has_avx2 && has_avx_vnni()) {
+        if (qcache_has_avx_vnni()) {
             kernels[n++] = qcache_matmul_kernel_avxvnni();
         }
 #    endif
-        if (has_avx2) {
+        if (qcache_has_avx2()) {
             kernels[n++] = qcache_matmul_kernel_avx2();
         }
 #endif
