@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..lazy_layers import lazy_of
 from .attention import kl_divergence, shared_scores, softmax
-from .refit import HOLD_OUT, Ridge, ValueRidge, is_held_out, main_directions
+from .refit import Ridge, ValueRidge, is_held_out, main_directions
 from .runner import Runner
 from .samples import Sample
 from .weights import Weights
@@ -178,7 +178,7 @@ class _Corrector:
         self.runner = Runner(llm, mode, n_threads)
         self.streams = Streams(self.runner, samples)
         self.weights: dict[str, Array] = {}
-        self.before_refit: dict[str, Array] = {}
+        self.before_refit: dict[str, Array | None] = {}  # None: as in the file, where it is read again
         self.vis_bias = np.zeros((info.n_layer, info.n_head), dtype=np.float32)
         self.untouched: list[Array] | None = None  # residual streams before the block, by sample; None: layer 0
         self.lazy: list[Array] | None = None
@@ -199,7 +199,7 @@ class _Corrector:
 
     def set_refitted(self, layer: int, name: str, values: Array) -> None:
         """``set_weight``, remembering what the weight was."""
-        self.before_refit[f"blk.{layer}.{name}"] = self.weight(layer, name)
+        self.before_refit[f"blk.{layer}.{name}"] = self.weights.get(f"blk.{layer}.{name}")
         self.set_weight(layer, name, values)
 
     def undo(self, weights: dict[str, Array]) -> None:
@@ -384,29 +384,34 @@ class _Corrector:
 
     def go_part_of_the_way(self, progress: bool) -> float:
         """Has refitted weights go as far from what they were as the logits of the samples held out gain; returns how far, 0 to 1."""
-        refitted = {name: self.weights[name] for name in self.before_refit}
-        if not refitted:
+        if not self.before_refit:
             return 0.0
         corrected = self.weights
         self.undo({})
         untouched = self.answers(None)
-        self.weights = {}
+        self.weights = corrected
         for name, values in corrected.items():
-            self._put(name, self.before_refit.get(name, values))
+            self.model.set_weight(name, values)
 
-        def divergence() -> float:
+        def at(name: str, step: float) -> Array:
+            before = self.before_refit[name]
+            was = self.file[name] if before is None else before
+            return self.file.rounded(name, was + np.float32(step) * (self.weights[name] - was)) if step else was
+
+        def divergence(step: float) -> float:
+            for name in self.before_refit:
+                self.model.set_weight(name, at(name, step))
             return float(sum(kl_divergence(p, q).sum() for p, q in zip(untouched, self.answers(self.leaders))))
 
-        best, least = 0.0, divergence()
-        kept = dict(self.weights)
+        best, least = 0.0, divergence(0.0)
         for step in tqdm(STEPS, desc="how far to refit", disable=not progress):
-            for name, values in refitted.items():
-                was = self.before_refit[name]
-                self._put(name, self.file.rounded(name, was + np.float32(step) * (values - was)))
-            if (kl := divergence()) >= least:
+            if (kl := divergence(step)) >= least:
                 break
-            best, least, kept = step, kl, dict(self.weights)
-        self.undo(kept)
+            best, least = step, kl
+        for name, before in self.before_refit.items():
+            self._put(name, at(name, best))
+            if best == 0 and before is None:
+                del self.weights[name]
         return best
 
     def _put(self, name: str, values: Array) -> None:
@@ -447,8 +452,8 @@ def correct(
     """
     if vis_bias and mode != "visual":
         raise ValueError(f"a bias on visual keys goes with lazy_mode visual, got {mode!r}")
-    if refit and len(samples) < HOLD_OUT:
-        raise ValueError(f"a refit needs {HOLD_OUT} samples or more, one in {HOLD_OUT} to check it on, got {len(samples)}")
+    if refit and len(samples) < 4:
+        raise ValueError(f"a refit needs 4 samples or more, every other one to check it on, got {len(samples)}")
     corrector = _Corrector(llm, leaders, samples, mode, n_threads)
     errors: list[LayerError] = []
     lazy = lazy_of(leaders)
@@ -463,7 +468,7 @@ def correct(
                     bar.update()
                 corrector.pass_block(first, end - 1)
         step = corrector.go_part_of_the_way(progress) if refit else None
-        weights = {name: values for name, values in corrector.weights.items() if not np.array_equal(values, corrector.file[name])}
+        weights = corrector.weights
     finally:
         corrector.undo({})
     return Corrections(weights, corrector.vis_bias if vis_bias else None, errors, step)
