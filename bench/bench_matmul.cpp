@@ -109,14 +109,6 @@ class products {
     ggml_tensor *                  y     = nullptr;
 };
 
-bool takes(ggml_backend_dev_t cpu, ggml_backend_buffer_type_t buft, ggml_type type, int64_t k, int64_t m) {
-    ggml_context_ptr        ctx{ ggml_init({ ggml_tensor_overhead() * 4, nullptr, true }) };
-    ggml_backend_buffer_ptr buffer{ ggml_backend_buft_alloc_buffer(buft, 0) };
-    ggml_tensor *           w = ggml_new_tensor_2d(ctx.get(), type, k, m);
-    w->buffer                 = buffer.get();
-    return ggml_backend_dev_supports_op(cpu, ggml_mul_mat(ctx.get(), w, ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, k, 512)));
-}
-
 double nmse(const std::vector<float> & a, const std::vector<float> & b) {
     double error = 0, power = 0;
     for (size_t i = 0; i < a.size(); i++) {
@@ -161,14 +153,9 @@ int main(int argc, char ** argv) {
     ggml_backend_ptr         backend{ ggml_backend_cpu_init() };
     const ggml_backend_dev_t cpu = ggml_backend_get_device(backend.get());
     ggml_backend_cpu_set_n_threads(backend.get(), n_threads);
-    std::vector<ggml_backend_buffer_type_t> bufts     = { ggml_backend_cpu_buffer_type() };
-    const auto                              get_extra = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
-        ggml_backend_dev_backend_reg(cpu), "ggml_backend_dev_get_extra_bufts");
-    for (auto * buft = get_extra(cpu); buft != nullptr && *buft != nullptr; buft++) {
-        if (qcache_buft_works(*buft)) {
-            bufts.push_back(*buft);
-        }
-    }
+    std::vector<ggml_backend_buffer_type_t> bufts = qcache_extra_bufts(cpu);
+    bufts.erase(std::remove_if(bufts.begin(), bufts.end(), [](auto buft) { return !qcache_buft_works(buft); }), bufts.end());
+    bufts.push_back(ggml_backend_cpu_buffer_type());
 
     std::mt19937                    random(1);
     std::normal_distribution<float> normal;
@@ -214,8 +201,10 @@ int main(int argc, char ** argv) {
             }
             std::vector<std::unique_ptr<products>> all;
             all.emplace_back(new products(backend.get(), nullptr, kernel, (ggml_type) type, k, m, n, n_matrices, rows, x));
+            ggml_context_ptr    ctx{ ggml_init({ ggml_tensor_overhead(), nullptr, true }) };
+            const ggml_tensor * shape = ggml_new_tensor_2d(ctx.get(), (ggml_type) type, k, m);
             for (auto buft : bufts) {
-                if (takes(cpu, buft, (ggml_type) type, k, m)) {
+                if (qcache_supports_matmul(cpu, buft, shape)) {
                     all.emplace_back(new products(backend.get(), buft, nullptr, (ggml_type) type, k, m, n, n_matrices, rows, x));
                 }
             }

@@ -13,10 +13,11 @@ COLUMNS = (
 
 
 def facts(result: dict[str, Any]) -> str:
-    """What was measured, on what."""
+    """What was measured, on what; rows may have been taken from a run at an earlier commit."""
+    begun = f", with rows of {result['begun_at_commit']}" if "begun_at_commit" in result else ""
     return (
         f"{result['scenes']} held-out scenes with one question of each task; accuracies in percent, a task's standard error is at most "
-        f"{100 * 0.5 / result['scenes'] ** 0.5:.1f}. {result['machine']['cpu']}. Commit {result['commit']}; "
+        f"{100 * 0.5 / result['scenes'] ** 0.5:.1f}. {result['machine']['cpu']}. Commit {result['commit']}{begun}; "
         f"`{result['command']}`."
     )
 

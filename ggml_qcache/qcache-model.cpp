@@ -76,17 +76,6 @@ struct loader {
     std::vector<bool>                                         seen; // by gguf tensor id
     enum qcache_status                                        status = QCACHE_STATUS_SUCCESS;
 
-    static bool supports_matmul(ggml_backend_dev_t device, ggml_backend_buffer_type_t buft, const ggml_tensor * shape) {
-        ggml_context_ptr ctx{ ggml_init({ ggml_tensor_overhead() * 4, nullptr, true }) };
-        ggml_tensor *    w = ggml_dup_tensor(ctx.get(), shape);
-        ggml_tensor *    x = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, w->ne[0], 512);
-        ggml_backend_buffer_ptr buffer{ ggml_backend_buft_alloc_buffer(buft, 0) };
-        w->buffer          = buffer.get();
-        const bool ok      = ggml_backend_dev_supports_op(device, ggml_mul_mat(ctx.get(), w, x));
-        w->buffer          = nullptr;
-        return ok;
-    }
-
     weight_home home_for(weight_use use, const ggml_tensor * shape) const {
         if (use == weight_use::host) {
             return { ggml_backend_dev_buffer_type(cpu), nullptr };
@@ -95,7 +84,7 @@ struct loader {
             const qcache_matmul_kernel * kernel = qcache_matmul_kernel_for(shape->type, shape->ne[0], shape->ne[1]);
             for (auto buft : extra_bufts) {
                 const bool is_repack = strcmp(ggml_backend_buft_name(buft), "CPU_REPACK") == 0;
-                if (!(kernel != nullptr && is_repack) && supports_matmul(cpu, buft, shape) && qcache_buft_works(buft)) {
+                if (!(kernel != nullptr && is_repack) && qcache_supports_matmul(cpu, buft, shape) && qcache_buft_works(buft)) {
                     return { buft, nullptr };
                 }
             }
@@ -151,7 +140,7 @@ struct loader {
             return nullptr;
         }
         const weight_home home = home_for(use, shape);
-        if (use == weight_use::matmul && place->is_gpu && !supports_matmul(place->device, home.buft, shape)) {
+        if (use == weight_use::matmul && place->is_gpu && !qcache_supports_matmul(place->device, home.buft, shape)) {
             status = qcache_fail(QCACHE_STATUS_UNSUPPORTED, "%s: tensor %s is of type %s, with which %s cannot multiply", path, name.c_str(),
                                  ggml_type_name(shape->type), ggml_backend_dev_name(place->device));
             return nullptr;
@@ -374,16 +363,9 @@ enum qcache_status load(const char * path, struct qcache_model_params params, qc
     if (status != QCACHE_STATUS_SUCCESS) {
         return status;
     }
-    loader l{ path, gguf.get(), meta, file.get(), model, params, cpu, {}, nullptr, {}, {}, {} };
+    loader l{ path, gguf.get(), meta, file.get(), model, params, cpu, qcache_extra_bufts(cpu), nullptr, {}, {}, {} };
     l.seen.resize(gguf_get_n_tensors(gguf.get()));
 
-    const auto get_extra_bufts = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
-        ggml_backend_dev_backend_reg(cpu), "ggml_backend_dev_get_extra_bufts");
-    if (get_extra_bufts != nullptr) {
-        for (ggml_backend_buffer_type_t * buft = get_extra_bufts(cpu); buft != nullptr && *buft != nullptr; buft++) {
-            l.extra_bufts.push_back(*buft);
-        }
-    }
     l.plan();
     if (l.status != QCACHE_STATUS_SUCCESS) {
         return l.status;

@@ -1,4 +1,5 @@
-// qcache-probe.cpp: a product in a child process, because an illegal instruction ends the process that meets it
+// qcache-probe.cpp: asks ggml what it multiplies with; a product in a child process, because an illegal instruction ends the
+// process that meets it
 
 #include "qcache-probe.h"
 
@@ -85,4 +86,25 @@ bool qcache_buft_works(ggml_backend_buffer_type_t buft) {
     }
     static const bool works = qcache_survives(multiply, buft);
     return works;
+}
+
+std::vector<ggml_backend_buffer_type_t> qcache_extra_bufts(ggml_backend_dev_t cpu) {
+    std::vector<ggml_backend_buffer_type_t> bufts;
+    const auto get = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu),
+                                                                                            "ggml_backend_dev_get_extra_bufts");
+    for (ggml_backend_buffer_type_t * buft = get != nullptr ? get(cpu) : nullptr; buft != nullptr && *buft != nullptr; buft++) {
+        bufts.push_back(*buft);
+    }
+    return bufts;
+}
+
+bool qcache_supports_matmul(ggml_backend_dev_t device, ggml_backend_buffer_type_t buft, const ggml_tensor * shape) {
+    ggml_context_ptr ctx{ ggml_init({ ggml_tensor_overhead() * 4, nullptr, true }) };
+    ggml_tensor *    w = ggml_dup_tensor(ctx.get(), shape);
+    ggml_tensor *    x = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, w->ne[0], 512);
+    ggml_backend_buffer_ptr buffer{ ggml_backend_buft_alloc_buffer(buft, 0) };
+    w->buffer     = buffer.get();
+    const bool ok = ggml_backend_dev_supports_op(device, ggml_mul_mat(ctx.get(), w, x));
+    w->buffer     = nullptr;
+    return ok;
 }
