@@ -15,7 +15,7 @@ Mixed plans may also drop layers' attention, so that `output` and `loss` choose 
 Controls: `random` draws as many lazy layers; `dropped` only drops layers, those whose loss alone changes the logits least;
 `pruned` keeps the visual tokens of highest attention after two layers (FastV); `scaled` resamples the grid of visual tokens
 to a smaller one; `quantised` stores K and V in eight and in four bits; `corrections` corrects the choice of the last metric in
-each way and in all, `corrected` in all only (as it is for mixed plans).
+each way and in all, `corrected` in all only (as it is for mixed plans, and for the paper's `js` where it isn't the last).
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from scenes import TASKS, ask, make_scene, render
 CALIBRATION_SEED = 2_000_000  # training scenes far from any that a training run reaches
 CORRECTIONS = ("align_heads", "vis_bias", "refit")
 PRUNED_AFTER = 2  # layers, as in FastV
-N_CORRECTED = 64  # samples to correct on, half of them held out: thousands of rows, for matrices of a width of 96
 
 
 class Calibrator:
@@ -76,7 +75,7 @@ class Calibrator:
         method = f"{plan.method} + {'all' if len(wanted) > 1 else wanted[0]}"
         if self._row(method, plan.mode, plan.budget) is not None:
             return replace(plan, method=method)
-        samples = self.measured(plan.mode).samples[:N_CORRECTED]
+        samples = self.measured(plan.mode).samples
         made = correct(self._llm, plan.leaders, samples, plan.mode, progress=True, **dict.fromkeys(wanted, True))
         seconds = plan.seconds + time.monotonic() - started
         return replace(plan, method=method, weights=made.weights, vis_bias=made.vis_bias, seconds=seconds)
@@ -139,7 +138,7 @@ def make_plans(
     Args:
         llm: The model, with every layer full.
         modes: Lazy modes.
-        metrics: What chooses the layers; the last one's choice is corrected too.
+        metrics: What chooses the layers; the last one's choice is corrected too, and so is the paper's, in all ways at once.
         budgets: Shares of the KV bytes to save with lazy layers; those that a mode can't reach are left out there.
         mixed_budgets: Likewise where layers may also lose their attention, by those of the metrics that can tell what that costs.
         controls: Of ``corrections``, ``corrected``, ``random``, ``dropped``, ``pruned``, ``scaled``, ``quantised``.
@@ -167,6 +166,9 @@ def make_plans(
                 for metric in metrics:
                     best = calibrator.lazy(metric, mode, budget)
                     yield best
+                    if metric == "js" != metrics[-1]:
+                        for names in corrections(mode, controls)[-1:]:
+                            yield calibrator.corrected(best, names)
                 if best is None:
                     continue
                 if "random" in controls:
