@@ -83,8 +83,11 @@ class Calibrator:
     def dropped(self, budget: float) -> Plan:
         """As many layers without attention as the budget takes, those whose loss alone changes the logits least."""
         started = time.monotonic()
+        method = "attention dropped"
+        if (row := self._row(method, "off", budget)) is not None:
+            return Plan(method, leaders=row["leaders"], budget=budget, seconds=row["seconds_to_choose"])
         chosen = np.argsort(self._drop_costs)[: int(np.ceil(budget * self.n_layer))].tolist()
-        return Plan("attention dropped", leaders=leaders_of((), self.n_layer, chosen), seconds=time.monotonic() - started)
+        return Plan(method, leaders=leaders_of((), self.n_layer, chosen), budget=budget, seconds=time.monotonic() - started)
 
     @cached_property
     def _drop_costs(self) -> list[float]:

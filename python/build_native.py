@@ -19,8 +19,8 @@ MODULE = "ggml_qcache._native"
 PER_TOKEN = """
 struct candidate { int32_t id; float logit; float p; };
 struct candidates { struct candidate * data; size_t size; int64_t selected; bool sorted; };
-enum qcache_status next_token(qcache_context_t * ctx, int32_t token, int32_t n_past, float * logits, size_t n_vocab);
-int32_t sample_token(uintptr_t apply, uintptr_t accept, uintptr_t sampler, struct candidates * out, const float * logits, int32_t n_vocab);
+enum qcache_status next_token(qcache_context_t * ctx, int32_t token, int32_t n_past, float * logits, size_t row, size_t n_vocab);
+int32_t sample_token(uintptr_t apply, uintptr_t accept, uintptr_t sampler, struct candidates * out, const float * logits, size_t row, int32_t n_vocab);
 """
 
 

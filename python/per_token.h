@@ -20,8 +20,8 @@ struct candidates {
     bool               sorted;
 };
 
-// Appends a text token to the first n_past of sequence 0, drops what was after them, and copies its logits.
-static enum qcache_status next_token(qcache_context_t * ctx, int32_t token, int32_t n_past, float * logits, size_t n_vocab) {
+// Appends a text token to the first n_past of sequence 0, drops what was after them, and copies its logits to a row of some.
+static enum qcache_status next_token(qcache_context_t * ctx, int32_t token, int32_t n_past, float * logits, size_t row, size_t n_vocab) {
     enum qcache_status status = QCACHE_STATUS_SUCCESS;
     if (qcache_seq_len(ctx, 0) > n_past) {
         status = qcache_seq_rm(ctx, 0, n_past, -1);
@@ -31,19 +31,20 @@ static enum qcache_status next_token(qcache_context_t * ctx, int32_t token, int3
         status = qcache_decode(ctx, batch);
     }
     if (status == QCACHE_STATUS_SUCCESS) {
-        const float * row = qcache_get_logits_ith(ctx, -1);
-        if (row == NULL) {
+        const float * last = qcache_get_logits_ith(ctx, -1);
+        if (last == NULL) {
             qcache_seq_rm(ctx, 0, n_past, -1);
             return QCACHE_STATUS_INVALID_ARGUMENT; // a context without the last layers
         }
-        memcpy(logits, row, n_vocab * sizeof(float));
+        memcpy(logits + row * n_vocab, last, n_vocab * sizeof(float));
     }
     return status;
 }
 
-// Lets llama.cpp's sampler (by the addresses of its functions) choose among all tokens, and tells it what it chose.
+// Lets llama.cpp's sampler (by the addresses of its functions) choose among all tokens by a row of logits, and tells it what it chose.
 // -1: it chose none; -2: only tokens that can't be, and telling that to a grammar would end the process
-static int32_t sample_token(uintptr_t apply, uintptr_t accept, uintptr_t sampler, struct candidates * out, const float * logits, int32_t n_vocab) {
+static int32_t sample_token(uintptr_t apply, uintptr_t accept, uintptr_t sampler, struct candidates * out, const float * logits, size_t row, int32_t n_vocab) {
+    logits += row * n_vocab;
     for (int32_t i = 0; i < n_vocab; i++) {
         out->data[i] = (struct candidate){ i, logits[i], 0.0f };
     }

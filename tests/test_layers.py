@@ -17,7 +17,7 @@ from core_helpers import (
 )
 
 from ggml_qcache.errors import InvalidArgumentError, StateError
-from ggml_qcache.native import Model
+from ggml_qcache.native import Model, float_buffer
 from ggml_qcache_convert import convert, leaders_of
 from ggml_qcache_convert.calibration.weights import Weights
 
@@ -70,23 +70,24 @@ def test_rows_nobody_asked_for(core_models: CoreModels) -> None:
 
 def test_next_token(core_models: CoreModels) -> None:
     model = core_models["llama-gqa-32"].native
-    row = np.empty(model.info.n_vocab, np.float32)
+    rows = np.empty((2, model.info.n_vocab), np.float32)
     with make_context(model) as whole, make_context(model) as other:
         for tokens in ([5, 6], [7]):
             whole.decode(tokens)
         for token, n_past in ((5, 0), (6, 1), (9, 2), (7, 2)):  # the last takes the place of 9
-            other.next_token(token, n_past, row)
-        assert_close(row[None], whole.logits()[None], "rounding")
+            other.next_token(token, n_past, float_buffer(rows), row=1)
+        assert_close(rows[1:], whole.logits()[None], "rounding")
         assert other.seq_len() == 3
-        read_only = np.frombuffer(row.tobytes(), np.float32)
-        for bad in (read_only, row[1:]):
-            with pytest.raises(ValueError):
-                other.next_token(8, 3, bad)
+        with pytest.raises(ValueError):
+            float_buffer(np.frombuffer(rows.tobytes(), np.float32))
+        for bad, row in ((rows[0, 1:], 0), (rows, 2), (rows, -1)):
+            with pytest.raises(ValueError, match=f"row {row} of {model.info.n_vocab} values"):
+                other.next_token(8, 3, float_buffer(bad), row)
         assert other.seq_len() == 3
     with make_context(model, n_layers=3) as part:
         part.decode([5])
         with pytest.raises(InvalidArgumentError, match=f"layers 0 .. 2 of {N_LAYER}"):
-            part.next_token(6, 1, row)
+            part.next_token(6, 1, float_buffer(rows))
         assert part.seq_len() == 1
 
 

@@ -177,6 +177,16 @@ def test_sampling_needs_logits(llm):
         llm.sample()
 
 
+def test_sampling_at_a_position():
+    with load(logits_all=True) as llm:
+        tokens = llm.tokenize(PROMPT.encode())
+        llm.eval(tokens)
+        assert [llm.sample(temp=0.0, idx=i) for i in range(len(tokens))] == llm.scores[: len(tokens)].argmax(-1).tolist()
+        for idx in (-1, len(tokens)):
+            with pytest.raises(ValueError, match=f"idx={idx} isn't the position of one of the {len(tokens)} tokens"):
+                llm.sample(temp=0.0, idx=idx)
+
+
 def test_a_saved_state_continues(llm):
     tokens = llm.tokenize(PROMPT.encode())
     text = complete(llm, max_tokens=8)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import llama_cpp.llama_cpp as llama_c
-import numpy as np
-import numpy.typing as npt
 
 from . import native
 from .errors import QCacheError
@@ -27,18 +26,19 @@ class Candidates:
         self._data = native.ffi.new("struct candidate[]", n_vocab)
         self._array = native.ffi.new("struct candidates *", {"data": self._data})
 
-    def sample(self, sampler: int, logits: npt.NDArray[np.float32]) -> int:
+    def sample(self, sampler: Any, logits: Any, row: int) -> int:
         """Chooses a token, which the sampler then has accepted.
 
         Args:
-            sampler: Address of a ``llama_sampler`` chain.
-            logits: ``[n_vocab]``.
+            sampler: Pointer to a ``llama_sampler`` chain, of ctypes.
+            logits: ``native.float_buffer`` of ``[n_rows, n_vocab]``.
+            row: Which row to choose by; it must be there.
 
         Raises:
             QCacheError: The chain selects nothing, or all that it selects from is impossible (a grammar, or biases).
         """
-        logits_pointer = native.ffi.from_buffer("float[]", logits)
-        token: int = native.lib.sample_token(_APPLY, _ACCEPT, sampler, self._array, logits_pointer, self._n_vocab)
+        address = ctypes.addressof(sampler.contents)
+        token: int = native.lib.sample_token(_APPLY, _ACCEPT, address, self._array, logits, row, self._n_vocab)
         if token == -1:
             raise QCacheError("the sampler chain selected no token")
         if token == -2:

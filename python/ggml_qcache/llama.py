@@ -9,7 +9,6 @@ that is pinned for its ABI anyway.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import inspect
 import os
@@ -224,6 +223,7 @@ class Llama(base.Llama):
         self.input_ids: npt.NDArray[np.intc] = np.zeros(self._n_ctx, dtype=np.intc)
         # logits of every token, or of the last one alone
         self.scores: npt.NDArray[np.single] = np.zeros((self._n_ctx if logits_all else 1, self._n_vocab), dtype=np.single)
+        self._scores_buffer = native.float_buffer(self.scores)
         # where the images of the current prompt are: first position, piece
         self._images: list[tuple[int, ImageChunk]] = []
         self._reset_timings()
@@ -439,7 +439,8 @@ class Llama(base.Llama):
         n_new = len(tokens)
         if self.n_tokens + n_new > self._n_ctx:
             raise ValueError(f"{self.n_tokens} + {n_new} tokens don't fit n_ctx={self._n_ctx}")
-        started, image_ms = time.perf_counter(), self.last_timings["image_ms"]
+        timings = self.last_timings
+        started, image_ms = time.perf_counter(), timings["image_ms"]
         if n_new == 1 and tokens[0] >= 0:
             self._eval_token(tokens[0])
         else:
@@ -453,16 +454,16 @@ class Llama(base.Llama):
                 raise ValueError(f"token {unknown[0]} is out of range, the vocabulary has {self._n_vocab}")
             for first in range(0, n_new, self.n_batch):
                 self._eval_batch(ids[first : first + self.n_batch].astype(np.int32))
-        elapsed = 1e3 * (time.perf_counter() - started) - (self.last_timings["image_ms"] - image_ms)
-        phase = "decode" if self.last_timings["prefill_tokens"] else "prefill"
-        self.last_timings[f"{phase}_tokens"] += n_new
-        self.last_timings[f"{phase}_ms"] += elapsed
+        elapsed = 1e3 * (time.perf_counter() - started) - (timings["image_ms"] - image_ms)
+        tokens_key, ms_key = ("decode_tokens", "decode_ms") if timings["prefill_tokens"] else ("prefill_tokens", "prefill_ms")
+        timings[tokens_key] += n_new
+        timings[ms_key] += elapsed
 
     def _eval_token(self, token: int) -> None:
         """Evaluates one text token; this is what a generated token costs."""
         self._requires_eval = True
         n_past = self.n_tokens
-        self._context.next_token(token, n_past, self.scores[n_past if self._logits_all else 0])
+        self._context.next_token(token, n_past, self._scores_buffer, n_past if self._logits_all else 0)
         self.input_ids[n_past] = token
         self.n_tokens = n_past + 1
         self._requires_eval = False
@@ -553,15 +554,19 @@ class Llama(base.Llama):
             **sampling: Sampling parameters by name.
 
         Raises:
-            ValueError: Nothing was evaluated, or not since a state was loaded.
+            ValueError: Nothing was evaluated, or not since a state was loaded, or not so many tokens.
             QCacheError: The grammar allows no token that the vocabulary has.
         """
         if self._requires_eval:
             raise ValueError("there are no logits to sample from: evaluate a token first")
         started = time.perf_counter()
         sampler = self._sampler or self._init_sampler(*args, **sampling)
-        row = (self.n_tokens - 1 if idx is None else idx) if self._logits_all else 0
-        token = self._candidates.sample(ctypes.cast(sampler.sampler, ctypes.c_void_p).value, self.scores[row])
+        row = 0
+        if self._logits_all:
+            row = self.n_tokens - 1 if idx is None else idx
+            if not 0 <= row < self.n_tokens:
+                raise ValueError(f"idx={idx} isn't the position of one of the {self.n_tokens} tokens evaluated")
+        token = self._candidates.sample(sampler.sampler, self._scores_buffer, row)
         self.last_timings["decode_ms"] += 1e3 * (time.perf_counter() - started)
         return token
 

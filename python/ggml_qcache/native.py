@@ -108,6 +108,15 @@ def choice(name: str, value: str | int, choices: dict[str, int]) -> int:
     raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
 
 
+def float_buffer(array: npt.NDArray[np.float32]) -> Any:
+    """An array as C sees it, for what is called once a token: making it costs more than such a call. It keeps the array alive.
+
+    Raises:
+        ValueError: The array is read-only or not contiguous.
+    """
+    return ffi.from_buffer("float[]", array, require_writable=True)
+
+
 class MtmdCorrection:
     """``qcache_mtmd_eval_callback`` with its state, for one libmtmd context; must outlive it.
 
@@ -198,7 +207,7 @@ class Model:
     @property
     def handle(self) -> Any:
         """The ``qcache_model_t *``."""
-        if not self._free.alive:
+        if self._handle is None:
             raise ValueError(f"the model {self.path!r} is closed")
         return self._handle
 
@@ -220,6 +229,7 @@ class Model:
         """Frees the contexts still open on the model, then the model. Closing twice is fine."""
         for context in list(self._contexts):
             context.close()
+        self._handle = None
         self._free()
 
     def __enter__(self) -> Model:
@@ -333,17 +343,18 @@ class Context:
         leader = ffi.new("int32_t[]", model.info.n_layer)
         self.lazy_mode: str = _LAZY_MODE_NAMES[lib.qcache_get_lazy(self._handle, leader)]
         self.lazy_leader: tuple[int, ...] = tuple(leader)
-        self._row_bytes = 4 * model.info.n_vocab
+        self._n_vocab = model.info.n_vocab
 
     @property
     def handle(self) -> Any:
         """The ``qcache_context_t *``."""
-        if not self._free.alive:
+        if self._handle is None:
             raise ValueError(f"the context on {self.model.path!r} is closed")
         return self._handle
 
     def close(self) -> None:
         """Frees the context. Closing twice is fine."""
+        self._handle = None
         self._free()
 
     def __enter__(self) -> Context:
@@ -352,22 +363,22 @@ class Context:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def next_token(self, token: int, n_past: int, logits: npt.NDArray[np.float32]) -> None:
+    def next_token(self, token: int, n_past: int, logits: Any, row: int = 0) -> None:
         """Appends a text token to the first tokens of sequence 0, whose others are forgotten; the fast way to generate.
 
         Args:
             token: Token id.
             n_past: How many tokens stay before it.
-            logits: ``[n_vocab]`` f32, contiguous: where to copy its logits to.
+            logits: ``float_buffer`` of ``[n_rows, n_vocab]``: where to copy its logits to.
+            row: Which row.
 
         Raises:
-            ValueError: ``logits`` of another size or read-only.
+            ValueError: ``logits`` has no such row.
             QCacheError: As ``decode``, and where the context has no logits, without the model's last layers.
         """
-        if logits.nbytes != self._row_bytes:
-            raise ValueError(f"logits has {logits.nbytes} bytes, a row {self._row_bytes}")
-        out = ffi.from_buffer("float[]", logits, require_writable=True)
-        check(lib.next_token(self.handle, token, n_past, out, self.model.info.n_vocab))
+        if not 0 <= row < len(logits) // self._n_vocab:
+            raise ValueError(f"row {row} of {self._n_vocab} values isn't among the {len(logits)} given")
+        check(lib.next_token(self.handle, token, n_past, logits, row, self._n_vocab))
 
     def decode(
         self,
@@ -437,10 +448,10 @@ class Context:
         if pointer == ffi.NULL:
             raise ValueError(f"row {row} has no logits: {ffi.string(lib.qcache_last_error()).decode()}")
         if out is None:
-            out = np.empty(self.model.info.n_vocab, dtype=np.float32)
-        elif out.nbytes != self._row_bytes:
-            raise ValueError(f"out has {out.nbytes} bytes, a row of logits {self._row_bytes}")
-        ffi.memmove(out, pointer, self._row_bytes)
+            out = np.empty(self._n_vocab, dtype=np.float32)
+        elif out.nbytes != 4 * self._n_vocab:
+            raise ValueError(f"out has {out.nbytes} bytes, a row of logits {4 * self._n_vocab}")
+        ffi.memmove(out, pointer, out.nbytes)
         return out
 
     def capture_start(self, *what: str) -> None:
