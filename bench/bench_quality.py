@@ -57,6 +57,7 @@ def row(plan: Plan, answers: Answers, untouched: Answers, tests: Sequence[Test])
     n = answers.n_tokens.sum()
     return {
         **plan.facts(),
+        "refit_step": plan.refit_step,
         "kv_saved": 1 - answers.kv_bytes / answers.full_bytes,
         "mean_loss_points": float(np.mean(list(losses.values()))),
         "closed_mean": scored["closed_mean"],

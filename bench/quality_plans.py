@@ -78,7 +78,9 @@ class Calibrator:
         samples = self.measured(plan.mode).samples
         made = correct(self._llm, plan.leaders, samples, plan.mode, progress=True, **dict.fromkeys(wanted, True))
         seconds = plan.seconds + time.monotonic() - started
-        return replace(plan, method=method, weights=made.weights, vis_bias=made.vis_bias, seconds=seconds)
+        return replace(
+            plan, method=method, weights=made.weights, vis_bias=made.vis_bias, refit_step=made.refit_step, seconds=seconds
+        )
 
     def dropped(self, budget: float) -> Plan:
         """As many layers without attention as the budget takes, those whose loss alone changes the logits least."""

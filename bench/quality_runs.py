@@ -81,7 +81,7 @@ class Plan:
         leaders: ``[n_layer]``; None: every layer full.
         kv_type: Type of K and V.
         budget: Share of the KV bytes that its layers were chosen to save; None: it has none.
-        weights, vis_bias: Of corrections.
+        weights, vis_bias, refit_step: Of corrections.
         prune: Layers that see every token, and share of the visual tokens that stay after them.
         side: Visual tokens a side, resampled; None: as they are.
         seconds: What choosing took.
@@ -94,6 +94,7 @@ class Plan:
     budget: float | None = None
     weights: dict[str, Array] = field(default_factory=dict)
     vis_bias: Array | None = None
+    refit_step: float | None = None
     prune: tuple[int, float] | None = None
     side: int | None = None
     seconds: float = 0.0

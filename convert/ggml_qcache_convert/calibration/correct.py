@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float32]
 
 LARGEST_BIAS = 10.0  # of a visual key's logit, either way
-STEPS = (0.25, 0.5, 0.75, 1.0)  # of the way to the refitted weights, tried as long as they help
+STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way to the refitted weights
 LEAST_KL = 1e-6  # nats over a sample's answer: what rounding makes
 MOST_FEATURES = 4096  # of all heads together, to refit W_v on; their Gram matrix is kept in memory
 
@@ -166,6 +166,32 @@ def matching_bias(
         too_little = (1 / (1 + np.exp(-(gap + middle)))).mean(0) < goal
         low, high = np.where(too_little, middle, low), np.where(too_little, high, middle)
     return (low + high) / 2
+
+
+def log_divergences(untouched: Sequence[Array], corrected: Sequence[Array]) -> npt.NDArray[np.float64]:
+    """How far answers are from the untouched model's: ``[n_samples]``, logarithms of the KL divergence in nats.
+
+    Samples lie six orders of magnitude apart: a plain mean is that of the worst one or two, and they tell little of others.
+
+    Args:
+        untouched: By sample, log-probabilities ``[n answer rows, n_vocab]``.
+        corrected: Likewise.
+    """
+    by_sample = [float(kl_divergence(p, q).sum()) for p, q in zip(untouched, corrected, strict=True)]
+    return np.log(np.maximum(by_sample, 0) + LEAST_KL)
+
+
+def shortest_of_the_best(losses: npt.NDArray[np.float64]) -> int:
+    """The first choice that can't be told from the best: the one-standard-error rule (Breiman et al. 1984), with paired differences.
+
+    Other images differ from the samples more than samples do among themselves, and the less is changed the less can go wrong there.
+
+    Args:
+        losses: ``[n_choices, n_samples]``, from the least change to the largest.
+    """
+    behind = losses - losses[losses.mean(-1).argmin()]
+    error = behind.std(-1, ddof=1) / np.sqrt(losses.shape[-1])
+    return int(np.flatnonzero(behind.mean(-1) <= error)[0])
 
 
 class _Corrector:
@@ -391,11 +417,7 @@ class _Corrector:
         return found
 
     def go_part_of_the_way(self, progress: bool) -> float:
-        """Has refitted weights go as far from what they were as the logits of the samples held out gain; returns how far, 0 to 1.
-
-        What counts is the mean logarithm of the samples' divergences. They lie six orders of magnitude apart: their mean is that of
-        the worst one or two, which tell little of other samples.
-        """
+        """Has refitted weights go as far from what they were as the logits of the samples held out gain; returns how far, 0 to 1."""
         if not self.before_refit:
             return 0.0
         corrected = self.weights
@@ -410,17 +432,13 @@ class _Corrector:
             was = self.file[name] if before is None else before
             return self.file.rounded(name, was + np.float32(step) * (self.weights[name] - was)) if step else was
 
-        def divergence(step: float) -> float:
+        def losses(step: float) -> npt.NDArray[np.float64]:
             for name in self.before_refit:
                 self.model.set_weight(name, at(name, step))
-            by_sample = [max(float(kl_divergence(p, q).sum()), 0) for p, q in zip(untouched, self.answers(self.leaders))]
-            return float(np.log(np.add(by_sample, LEAST_KL)).mean())
+            return log_divergences(untouched, self.answers(self.leaders))
 
-        best, least = 0.0, divergence(0.0)
-        for step in tqdm(STEPS, desc="how far to refit", disable=not progress):
-            if (found := divergence(step)) >= least:
-                break
-            best, least = step, found
+        tried = tqdm(STEPS, desc="how far to refit", disable=not progress)
+        best = STEPS[shortest_of_the_best(np.stack([losses(step) for step in tried]))]
         for name, before in self.before_refit.items():
             self._put(name, at(name, best))
             if best == 0 and before is None:
