@@ -319,6 +319,8 @@ def test_settings_and_samples_refused(llm: Llama) -> None:
         correct(llm, LEADERS, measured.samples, "global", vis_bias=True)
     with pytest.raises(ValueError, match="needs 4 samples or more.* got 3"):
         correct(llm, LEADERS, measured.samples[:3], "visual", refit=True)
+    with pytest.raises(ValueError, match="needs 4 samples or more.* got n_samples 3"):
+        CalibrationSettings(images=[], refit=True, n_samples=3).check()
     with pytest.raises(ValueError, match="no lazy layers to correct"):
         CalibrationSettings(images=[], layers="none", refit=True).check()
     with pytest.raises(ValueError, match="the range 5-3 is reversed"):

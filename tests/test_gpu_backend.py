@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import llama_cpp
 import pytest
 from tiny_llava import load
 
@@ -31,3 +32,13 @@ def test_with_an_emulated_gpu() -> None:
 def test_without_a_gpu() -> None:
     with pytest.raises(UnsupportedError, match=r"n_gpu_layers is -1, but of ggml's devices \(CPU\) none"):
         load(n_gpu_layers=-1)
+
+
+def test_a_build_for_a_gpu_that_ggml_lacks(tmp_path: Path) -> None:
+    root, site = Path(__file__).parents[1], Path(llama_cpp.__file__).parents[1]
+    if 'set(GGML_CUDA "OFF")' not in (site / "lib" / "cmake" / "ggml" / "ggml-config.cmake").read_text():
+        pytest.skip("this ggml has CUDA")
+    command = ["cmake", "-S", root, "-B", tmp_path, "-DGGML_CUDA=ON", "-DQCACHE_BUILD_PYTHON=OFF", f"-DPython_EXECUTABLE={sys.executable}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "GGML_CUDA=ON, but the llama-cpp-python in" in done.stderr and "--no-cache-dir --force-reinstall" in done.stderr

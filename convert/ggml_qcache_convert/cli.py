@@ -193,8 +193,8 @@ def _parser() -> argparse.ArgumentParser:
         "e.g. llava-hf/llava-1.5-7b-hf; or a text GGUF, copied with other lazy layers",
     )
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a model on the Hub (default: its main branch)")
-    parser.add_argument("--outfile", type=Path, metavar="FILE", help="text GGUF (default: NAME-OUTTYPE.gguf)")
-    parser.add_argument("--mmproj", type=Path, metavar="FILE", help="vision GGUF (default: mmproj-NAME-f16.gguf)")
+    parser.add_argument("--outfile", type=Path, metavar="FILE", help="text GGUF (default: NAME-OUTTYPE.gguf; of a GGUF: NAME-lazy.gguf)")
+    parser.add_argument("--mmproj", type=Path, metavar="FILE", help="vision GGUF (default: mmproj-NAME-f16.gguf, f32 with --outtype f32)")
     parser.add_argument(
         "--lora", type=Path, metavar="DIR", action="append", default=[], help="PEFT LoRA adapter to merge into the weights; repeatable"
     )
@@ -230,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
         "--lazy-metric",
         choices=METRICS,
         help="js: the paper's, attention of neighbouring layers (default); output: error of attention outputs; "
-        "loss: change of the final logits, plan by plan: the best and by far the slowest",
+        "loss: change of the final logits, plan by plan: by far the slowest",
     )
     auto.add_argument(
         "--drop-attention",
@@ -243,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     both.add_argument("--report", type=Path, metavar="FILE", help="show what was found as .html or .png")
     both.add_argument("--align-heads", action="store_true", help="permute a lazy layer's heads to those of its leader")
     both.add_argument("--vis-bias", action="store_true", help="visual mode: balance text rows' attention to images by a bias a head")
-    both.add_argument("--refit", action="store_true", help="refit W_o of lazy layers by ridge regression, and W_v where it helps")
+    both.add_argument("--refit", action="store_true", help="refit W_o of lazy layers by ridge regression, and W_v where it helps; on 4 samples or more, better on a hundred")
     both.add_argument("--calibration-samples", type=int, metavar="N", help="pairs of image and prompt (default: 16)")
     both.add_argument("--calibration-prompts", type=Path, metavar="FILE", help="prompts, one a line (default: general ones)")
     both.add_argument("--seed", type=int, help="seed of the choice of pairs and rows (default: 0)")

@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "validate",
         help="check the lazy layers of a model file",
-        description="Check the keys and tensors of lazy layers against docs/gguf.md; exit status 1 if anything is wrong.",
+        description="Check keys and tensors of lazy layers and of the tokenizer against docs/gguf.md; exit status 1 if anything is wrong.",
     )
     check.set_defaults(run=_validate)
     check.add_argument("file", metavar="FILE", help="text GGUF")

@@ -87,7 +87,7 @@ class Llama(base.Llama):
             lazy_mode: ``"visual"``: visual tokens share query and key with the leader. ``"global"``: every token does.
                 None: the file's mode, or ``"visual"`` where it has none.
             n_gpu_layers: Last layers to compute on a GPU, with the output matrix; -1: all. Fewer where that would tear a
-                Lazy Block of the file: ``device_report()`` tells. Above 0 images are encoded on the first GPU.
+                Lazy Block of the file: ``device_report()`` tells. Unless 0, images are encoded on the first GPU.
             main_gpu: Which of ggml's GPUs. One that there are no kernels for computes attention as ``attn_impl="composed"`` does.
             n_ctx: Most tokens of prompt and answer, 0: as the model was trained.
             n_batch: Most prompt tokens evaluated by one call of the native library.
@@ -100,11 +100,12 @@ class Llama(base.Llama):
             type_v: Type of the V cache, likewise.
             kv_bytes_max: Limit on the bytes of the KV cache, 0: none. It grows with use either way.
             block_tokens: Tokens of a KV block, 16, 32 or 64.
-            attn_impl: ``"auto"``: the best kernel of this CPU. ``"scalar"``: the reference. ``"composed"``: ggml's
-                operations alone.
+            attn_impl: ``"auto"``: the best kernel of this CPU or GPU. ``"scalar"``: the reference, on the CPU alone.
+                ``"composed"``: ggml's operations alone.
             score_cache: ``"auto"``, ``"off"`` or ``"on"``: whether lazy layers reuse the leader's logits.
-            v_skip: Share of the attention, 0 to 1, that lazy layers may leave out when they generate: V of the least attended
-                tokens isn't read. ``kv_cache_usage()`` tells how much of it was on the CPU.
+            v_skip: Share of the attention, 0 to under 1, that lazy layers may leave out when they generate: V of the least
+                attended tokens isn't read. ``kv_cache_usage()`` tells how much of it was on the CPU. It needs our own kernels
+                (``attn_impl="auto"``) and a score cache.
             logits_all: Keep the logits of every token; needed for log-probabilities.
             last_n_tokens_size: Tokens that repetition penalties look back on.
             chat_format: A named format of llama_cpp, instead of the file's chat template. It places no images.

@@ -14,7 +14,7 @@ from ..errors import ConversionError
 from ..lazy_keys import MODES
 from ..lazy_layers import NO_ATTENTION, dropped_of, lazy_of, leaders_of
 from .attention import js_divergence, length_keeping, log_softmax, sharing_errors, softmax
-from .correct import Corrections, correct
+from .correct import LEAST_SAMPLES, Corrections, correct
 from .looking import look
 from .ondisk import OnDisk, Some
 from .runner import Runner
@@ -120,6 +120,8 @@ class CalibrationSettings:
         for name in ("n_samples", "n_answer"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} isn't positive")
+        if self.refit and self.n_samples < LEAST_SAMPLES:
+            raise ValueError(f"a refit needs {LEAST_SAMPLES} samples or more, every other one to check it on, got n_samples {self.n_samples}")
         if not self.prompts:
             raise ValueError("there are no calibration prompts")
 

@@ -33,6 +33,7 @@ Array = npt.NDArray[np.float32]
 
 LARGEST_BIAS = 10.0  # of a visual key's logit, either way
 STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way to the refitted weights
+LEAST_SAMPLES = 4  # for a refit
 LEAST_KL = 1e-6  # nats over a sample's answer: what rounding makes
 MOST_FEATURES = 4096  # of all heads together, to refit W_v on; their Gram matrix is kept in memory
 
@@ -483,8 +484,8 @@ def correct(
     """
     if vis_bias and mode != "visual":
         raise ValueError(f"a bias on visual keys goes with lazy_mode visual, got {mode!r}")
-    if refit and len(samples) < 4:
-        raise ValueError(f"a refit needs 4 samples or more, every other one to check it on, got {len(samples)}")
+    if refit and len(samples) < LEAST_SAMPLES:
+        raise ValueError(f"a refit needs {LEAST_SAMPLES} samples or more, every other one to check it on, got {len(samples)}")
     corrector = _Corrector(llm, leaders, samples, mode, n_threads)
     errors: list[LayerError] = []
     lazy = lazy_of(leaders)
