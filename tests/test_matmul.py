@@ -12,7 +12,7 @@ from op_harness import library
 TYPES = [T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0, T.Q4_K, T.Q5_K, T.Q6_K]
 COLUMNS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 40]
 K, M = 512, 80
-
+LEFT_TO_GGML = [("avx2", T.Q8_0)]
 
 
 def kernel_names() -> list[str]:
@@ -42,7 +42,7 @@ def product(kernel: str, kind: T, rows: np.ndarray, x: np.ndarray, m: int, *, n_
     status = library().harness_matmul(
         KERNELS.index(kernel), ctypes.c_int32(kind), *sizes, *pointers[:2], ctypes.c_int64(wide.shape[1]), pointers[2], n_threads, n_runs
     )
-    if status == 1 and (kernel, kind) == ("avx2", T.Q8_0):
+    if status == 1 and (kernel, kind) in LEFT_TO_GGML:
         pytest.skip("without dpbusd products of bytes don't fit 16 bits")
     assert status == 0
     return out
@@ -156,7 +156,7 @@ def test_rounding_costs_no_more_than_ggml(kernel: str) -> None:
 @needs_packing
 def test_what_is_packed() -> None:
     for kind in TYPES:
-        assert packs(kind, 512, 32)
+        assert packs(kind, 512, 32) == ((KERNELS[0], kind) not in LEFT_TO_GGML)
         assert not packs(kind, 512, 40), "rows that are no whole strip"
         assert not packs(kind, 512 + 16, 32), "no whole block"
     assert not packs(T.Q4_K, 512 + 32, 32)
