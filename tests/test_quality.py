@@ -99,7 +99,7 @@ def test_quality_benchmark(tmp_path):
     rows = {row["method"]: row for row in json.loads(path.read_text())["rows"]}
     corrected = [f"output + {name}" for name in ("align_heads", "vis_bias", "refit", "all")]
     controls = ["q8_0", "q4_0", "attention dropped", "pruned", "scaled"]
-    lazy_rows = ["js", "output", "random", *corrected, "output + pruned"]
+    lazy_rows = ["js", "js + all", "output", "random", *corrected, "output + pruned"]
     mixed = ["mixed, output", *(["mixed, output + all"] if rows["mixed, output"]["lazy_layers"] else [])]
     assert list(rows) == ["none", *controls, *lazy_rows, *mixed]
     none, js = rows["none"], rows["js"]
@@ -113,11 +113,12 @@ def test_quality_benchmark(tmp_path):
     for method in mixed:
         assert 0.35 < rows[method]["kv_saved"] < 0.5 and 0 < rows[method]["kl"] < rows["attention dropped"]["kl"]
         assert rows[method]["dropped_layers"] == dropped_of(rows[method]["leaders"]) != []
-    for method in ("js", "output", "random", "pruned", "scaled", "output + pruned", *corrected):
+    for method in ("js", "js + all", "output", "random", "pruned", "scaled", "output + pruned", *corrected):
         assert 0.12 < rows[method]["kv_saved"] < 0.35, method
         assert rows[method]["kl"] > 0
     assert rows["output + refit"]["leaders"] == rows["output"]["leaders"]
-    assert rows["output + refit"]["kl"] != rows["output"]["kl"]
+    assert (rows["output + refit"]["kl"] != rows["output"]["kl"]) == (rows["output + refit"]["refit_step"] > 0)
+    assert rows["output"]["refit_step"] is None and rows["output + vis_bias"]["refit_step"] is None
     readme, chart = tmp_path / "README.md", tmp_path / "pareto.png"
     readme.write_text("before\n<!-- bench:quality -->\nold\n<!-- /bench:quality -->\nafter\n")
     assert report.main([str(path), "--write", str(readme), "--pareto", str(chart)]) == 0
