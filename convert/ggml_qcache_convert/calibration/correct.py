@@ -265,37 +265,40 @@ class _Corrector:
                 out.append(self.streams.captured(context, "hidden", last, n))
         self.untouched = out
 
-    def pass_block(self, first: int, last: int) -> None:
-        """Takes the lazy residual streams through the corrected block."""
-        out = []
+    def lazy_runs(self, first: int, last: int, *what: str, looked_at: bool = False) -> Iterator[tuple[Sample, Any]]:
+        """Takes the lazy residual streams through some layers, as corrected so far.
+
+        Args:
+            first, last: The layers.
+            *what: What to capture.
+            looked_at: At the samples' rows alone; else at all.
+
+        Yields:
+            Each sample, and the context that has just computed it.
+        """
         with self.streams.context(first, last, self.leaders, self.vis_bias) as context:
             for i, sample in enumerate(self.samples):
-                self.streams.run(context, sample, None if self.lazy is None else self.lazy[i], None, "hidden")
-                out.append(self.streams.captured(context, "hidden", last, len(sample.tokens)))
-        self.lazy = out
+                self.streams.run(context, sample, None if self.lazy is None else self.lazy[i], sample.rows if looked_at else None, *what)
+                yield sample, context
+
+    def pass_block(self, first: int, last: int) -> None:
+        """Takes the lazy residual streams through the corrected block."""
+        runs = self.lazy_runs(first, last, "hidden")
+        self.lazy = [self.streams.captured(context, "hidden", last, len(sample.tokens)) for sample, context in runs]
 
     def rows(self, layer: int) -> Iterator[tuple[Array, Array, Array, npt.NDArray[np.float64]]]:
         """By sample: the lazy layer's attention output, the residual stream that it adds to, what it leaves undone, and how much
         each row counts.
         """
         w_o = self.weight(layer, "attn_output.weight")
-        with self.streams.context(self.leaders[layer], layer, self.leaders, self.vis_bias) as context:
-            for i, sample in enumerate(self.samples):
-                self.streams.run(context, sample, None if self.lazy is None else self.lazy[i], None, "attn", "hidden")
-                n = len(sample.tokens)
-                attn = self.streams.captured(context, "attn", layer, n)
-                before = self.streams.captured(context, "hidden", layer - 1, n)
-                target = self.targets[layer][i]
-                # the next norm divides by the row's size: relative errors count
-                weights = 1 / np.maximum(np.sum(target.astype(np.float64) ** 2, -1), np.finfo(np.float32).tiny)
-                yield attn, before, target - before - attn @ w_o.T - self.output_bias(layer), weights
-
-    def attention(self, layer: int) -> Iterator[Array]:
-        """By sample: the lazy layer's attention output, ``[n, n_head * head_dim]``."""
-        with self.streams.context(self.leaders[layer], layer, self.leaders, self.vis_bias) as context:
-            for i, sample in enumerate(self.samples):
-                self.streams.run(context, sample, None if self.lazy is None else self.lazy[i], None, "attn")
-                yield self.streams.captured(context, "attn", layer, len(sample.tokens))
+        runs = self.lazy_runs(self.leaders[layer], layer, "attn", "hidden")
+        for (sample, context), target in zip(runs, self.targets[layer], strict=True):
+            n = len(sample.tokens)
+            attn = self.streams.captured(context, "attn", layer, n)
+            before = self.streams.captured(context, "hidden", layer - 1, n)
+            # the next norm divides by the row's size: relative errors count
+            weights = 1 / np.maximum(np.sum(target.astype(np.float64) ** 2, -1), np.finfo(np.float32).tiny)
+            yield attn, before, target - before - attn @ w_o.T - self.output_bias(layer), weights
 
     def residuals(self, layer: int, fits: bool) -> tuple[float, Ridge | None]:
         """What the lazy layer's attention leaves undone: the mean squared error, and with ``fits`` the sums that a refit needs."""
@@ -324,7 +327,10 @@ class _Corrector:
                 chunk[: len(directions) - first] = directions[first : first + self.head_dim]
                 self.model.set_weight(f"{name}.weight", np.tile(chunk, (self.n_head_kv, 1)))
                 shape = (-1, self.n_head, self.head_dim)
-                parts.append([attn.reshape(shape) - bias for attn in self.attention(layer)])
+                runs = self.lazy_runs(self.leaders[layer], layer, "attn")
+                parts.append([
+                    self.streams.captured(context, "attn", layer, len(sample.tokens)).reshape(shape) - bias for sample, context in runs
+                ])  # fmt: skip
         finally:
             self.model.set_weight(f"{name}.weight", self.weight(layer, "attn_v.weight"))
         return [np.concatenate(features, axis=-1)[..., : len(directions)] for features in zip(*parts)]
@@ -361,15 +367,14 @@ class _Corrector:
     def bias(self, layer: int) -> None:
         """Matches the visual attention mass of the untouched layer."""
         scores, visual, wanted = [], [], []
-        with self.streams.context(self.leaders[layer], layer, self.leaders, self.vis_bias) as context:
-            for i, sample in enumerate(self.samples):
-                self.streams.run(context, sample, None if self.lazy is None else self.lazy[i], sample.rows, "scores")
-                seen = np.logical_or.accumulate(sample.visual)[sample.rows]  # before an image there is nothing to match
-                text = ~sample.visual[sample.rows] & seen
-                if text.any():
-                    scores.append(scores_of(context, layer, sample)[text])
-                    visual.append(sample.visual)
-                    wanted.append(softmax(self.scores[layer][i][text])[..., sample.visual].sum(-1))
+        runs = self.lazy_runs(self.leaders[layer], layer, "scores", looked_at=True)
+        for (sample, context), own in zip(runs, self.scores[layer], strict=True):
+            seen = np.logical_or.accumulate(sample.visual)[sample.rows]  # before an image there is nothing to match
+            text = ~sample.visual[sample.rows] & seen
+            if text.any():
+                scores.append(scores_of(context, layer, sample)[text])
+                visual.append(sample.visual)
+                wanted.append(softmax(own[text])[..., sample.visual].sum(-1))
         if scores:
             self.vis_bias[layer] = matching_bias(scores, visual, wanted)
 
