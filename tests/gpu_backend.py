@@ -6,6 +6,7 @@ real one, `pytest tests/gpu_backend.py` (bench/gpu.sh does).
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ FEW_ROWS_MAX = {"f16": 1e-6, "q8_0": 1e-3, "q4_0": 3e-2}
 MANY_ROWS_MAX = {"f16": 1e-5, "q8_0": 1e-3, "q4_0": 3e-2}
 
 MINI = Path(__file__).parents[1] / "examples" / "mini-llava"
+QUESTIONS = json.loads((MINI / "images" / "questions.json").read_text())
 LEADER = leaders_of([1, 2, 4, 6, 7], N_LAYER)
 PROMPT = "t7 v37 t5 v20 t9"
 
@@ -163,13 +165,18 @@ def test_device_report() -> None:
             assert ("layers 4-7" in report["kv"]) == (layers == 4)
 
 
-@pytest.mark.parametrize("n_gpu_layers", [-1, 9])
-def test_mini_llava_answers(tmp_path_factory: pytest.TempPathFactory, n_gpu_layers: int) -> None:
+@pytest.fixture(scope="module")
+def mini_llava(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("mini")
     convert(MINI / "model", folder / "m.gguf", folder / "mm.gguf", "q8_0", lazy_layers="1-7,9-15,17-23,25-27,29-31", lazy_mode="visual")
-    files = {"model_path": str(folder / "m.gguf"), "mmproj_path": str(folder / "mm.gguf"), "n_ctx": 512, "n_threads": 1, "n_threads_batch": 1}
-    with Llama(**files) as cpu, Llama(**files, n_gpu_layers=n_gpu_layers) as gpu:
-        for question in json.loads((MINI / "images" / "questions.json").read_text()):
-            message = [user(question["question"], MINI / "images" / question["image"])]
-            assert ask(gpu, message, 40) == ask(cpu, message, 40)
+    return {"model_path": str(folder / "m.gguf"), "mmproj_path": str(folder / "mm.gguf"), "n_ctx": 512, "n_threads": 1, "n_threads_batch": 1}
+
+
+@pytest.mark.parametrize("n_gpu_layers", [-1, 9])
+@pytest.mark.parametrize("number", range(len(QUESTIONS)), ids=[f"{question['task']}-{question['image']}" for question in QUESTIONS])
+def test_mini_llava_answers(mini_llava: dict[str, Any], number: int, n_gpu_layers: int) -> None:
+    question = QUESTIONS[number]
+    with Llama(**mini_llava) as cpu, Llama(**mini_llava, n_gpu_layers=n_gpu_layers) as gpu:
+        message = [user(question["question"], MINI / "images" / question["image"])]
+        assert ask(gpu, message, 40) == ask(cpu, message, 40)
         assert gpu.kv_cache_usage() == cpu.kv_cache_usage()
