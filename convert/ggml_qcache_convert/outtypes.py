@@ -92,7 +92,7 @@ def fitting_type(shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQu
 def quantised(
     values: npt.NDArray[np.float32], qtype: GGMLQuantizationType, importance: npt.NDArray[np.float32] | None = None
 ) -> npt.NDArray[Any]:
-    """Values in their stored form, by ggml's own quantiser.
+    """Values in their stored form, as ggml's own quantiser gives it; by ours where that gives the same bits, which is several times as fast.
 
     Args:
         values: f32, rows of whole blocks.
@@ -107,8 +107,14 @@ def quantised(
     """
     if qtype in FLOATS:
         return quantize(values, qtype)
-    from llama_cpp._ggml import libggml  # loads ggml: not needed for floats
+    # loads ggml: not needed for floats
+    from ggml_qcache import native
+    from llama_cpp._ggml import libggml
 
+    rows = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, values.shape[-1])
+    result = np.empty(quant_shape_to_byte_shape(rows.shape, qtype), dtype=np.uint8)
+    if importance is None and native.quantize(rows, qtype, result):
+        return result.reshape(quant_shape_to_byte_shape(values.shape, qtype))
     needs_imatrix = libggml.ggml_quantize_requires_imatrix
     needs_imatrix.restype = ctypes.c_bool
     if importance is None and needs_imatrix(ctypes.c_int(qtype)):
@@ -116,8 +122,6 @@ def quantised(
     chunk = libggml.ggml_quantize_chunk
     chunk.restype = ctypes.c_size_t
     weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
-    rows = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, values.shape[-1])
-    result = np.empty(quant_shape_to_byte_shape(rows.shape, qtype), dtype=np.uint8)
     chunk(
         ctypes.c_int(qtype), rows.ctypes.data_as(ctypes.c_void_p), result.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(0),
         ctypes.c_int64(rows.shape[0]), ctypes.c_int64(rows.shape[1]), None if weights is None else weights.ctypes.data_as(ctypes.c_void_p),

@@ -306,6 +306,16 @@ QCACHE_API const float * qcache_get_captured_ith(qcache_context_t * ctx, enum qc
 QCACHE_API enum qcache_status qcache_seq_get_v(const qcache_context_t * ctx, int32_t seq_id, int32_t il, float * v, size_t n_values);
 
 //
+// quantising, for converters
+//
+
+// Quantises f32 values to blocks of a type (ggml's number: q8_0, q4_K, q5_K, q6_K), to the bits that ggml_quantize_chunk gives without an
+// importance matrix, several times as fast. Rows are whole blocks, so any number of them is one call. Threads may call it at once.
+// UNSUPPORTED: another type, a CPU without AVX2, or a ggml that was found to give other bits: call ggml's.
+// INVALID_ARGUMENT: no whole blocks, n_bytes isn't what they take, or NULL. NaN and infinities are the caller's to refuse.
+QCACHE_API enum qcache_status qcache_quantize(int32_t type, const float * values, void * blocks, int64_t n_values, size_t n_bytes);
+
+//
 // vision: libmtmd encodes the images
 //
 

@@ -117,6 +117,28 @@ def float_buffer(array: npt.NDArray[np.float32]) -> Any:
     return ffi.from_buffer("float[]", array, require_writable=True)
 
 
+def quantize(values: npt.NDArray[np.float32], qtype: int, blocks: npt.NDArray[np.uint8]) -> bool:
+    """Quantises to q8_0, q4_K, q5_K or q6_K, to the bits of ggml's own quantiser without an importance matrix.
+
+    Args:
+        values: f32, contiguous, finite; rows of whole blocks.
+        qtype: ggml's number of the type.
+        blocks: Where they go, contiguous.
+
+    Returns:
+        False, and nothing is written, where the type, this CPU or this ggml has no fast way: ggml's own is left.
+
+    Raises:
+        ValueError: ``blocks`` hasn't the size of the blocks, or ``values`` are no whole blocks.
+    """
+    source, target = ffi.from_buffer("float[]", values), ffi.from_buffer("uint8_t[]", blocks, require_writable=True)
+    status = lib.qcache_quantize(qtype, source, target, values.size, blocks.nbytes)
+    if status == lib.QCACHE_STATUS_UNSUPPORTED:
+        return False
+    check(status)
+    return True
+
+
 class MtmdCorrection:
     """``qcache_mtmd_eval_callback`` with its state, for one libmtmd context; must outlive it.
 

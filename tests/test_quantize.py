@@ -1,0 +1,124 @@
+"""Quantising (ggml_qcache/qcache-quantize.h): the bits are ggml's, for weights and for what no model should have."""
+
+import ctypes
+
+import numpy as np
+import pytest
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as T
+from ggml_qcache import native
+from ggml_qcache_convert.outtypes import quantised
+from llama_cpp._ggml import libggml
+from op_harness import library
+
+TYPES = [T.Q8_0, T.Q4_K, T.Q5_K, T.Q6_K]
+N_SUPERBLOCKS = 101  # odd: two go into a vector of AVX-512
+N = 256 * N_SUPERBLOCKS
+
+
+def by_ggml(values: np.ndarray, kind: T) -> np.ndarray:
+    n_values, n_bytes = GGML_QUANT_SIZES[kind]
+    blocks = np.empty(values.size // n_values * n_bytes, np.uint8)
+    pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (values, blocks)]
+    chunk = libggml.ggml_quantize_chunk
+    chunk.restype = ctypes.c_size_t
+    chunk(ctypes.c_int(kind), *pointers, ctypes.c_int64(0), ctypes.c_int64(1), ctypes.c_int64(values.size), None)
+    return blocks
+
+
+def by_kernel(i_kernel: int, values: np.ndarray, kind: T) -> tuple[np.ndarray, int]:
+    """The blocks, and how many superblocks were left to ggml. Nothing after the blocks may change."""
+    n_values, n_bytes = GGML_QUANT_SIZES[kind]
+    n_blocks = values.size // n_values
+    blocks = np.full(n_blocks * n_bytes + 64, 0xA5, np.uint8)
+    pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (values, blocks)]
+    n_other = ctypes.c_int64()
+    assert library().harness_quantize(i_kernel, ctypes.c_int32(kind), *pointers, ctypes.c_int64(n_blocks), ctypes.byref(n_other)) == 0
+    assert (blocks[n_blocks * n_bytes :] == 0xA5).all()
+    return blocks[: n_blocks * n_bytes], n_other.value
+
+
+def n_kernels() -> int:
+    """Kernels of this CPU, the fastest first, and then that of AVX-512 emulated."""
+    empty, n = np.zeros(0, np.float32), ctypes.c_int64()
+    pointer = empty.ctypes.data_as(ctypes.c_void_p)
+    return next(i for i in range(9) if library().harness_quantize(i, 8, pointer, pointer, ctypes.c_int64(0), ctypes.byref(n)) == 1)
+
+
+def in_blocks(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Values of very different size from block to block: ggml rounds the scales of the small ones to zero."""
+    return rng.standard_normal(N) * 10.0 ** rng.integers(-9, 4, N // size).repeat(size)
+
+
+def cases() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(5)
+    normal = rng.standard_normal(N)
+    values = {
+        "normal": normal * 0.02,
+        "f16": normal.astype(np.float16),
+        "bf16": (normal.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32),
+        "outliers": rng.standard_t(2, N),
+        "positive": np.abs(normal),
+        "negative": -np.abs(normal),
+        "shifted": normal - 50,
+        "integers": rng.integers(-4, 5, N),
+        "ties": rng.integers(-254, 255, N) / 2,
+        "zero": np.zeros(N),
+        "negative zero": np.full(N, -0.0),
+        "constant": np.full(N, 0.25),
+        "constant, negative": np.full(N, -0.25),
+        "sparse": normal * (rng.random(N) < 0.02),
+        "blocks of zeros": normal * (rng.random(N // 16) < 0.5).repeat(16),
+        "uneven 32": in_blocks(rng, 32),
+        "uneven 16": in_blocks(rng, 16),
+        "tiny": normal * 1e-9,
+        "subnormal": normal * 1e-40,
+        "large": normal * 1e6,
+        "huge": normal * 1e37,
+    }
+    return {name: np.ascontiguousarray(case, np.float32) for name, case in values.items()}
+
+
+CASES = cases()
+OF_WEIGHTS = ["normal", "f16", "bf16", "outliers", "positive", "negative"]
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("i_kernel", range(n_kernels()))
+def test_bits_are_ggmls(i_kernel: int, kind: T) -> None:
+    for name, values in CASES.items():
+        blocks, n_other = by_kernel(i_kernel, values, kind)
+        wrong = (blocks != by_ggml(values, kind)).reshape(-1, GGML_QUANT_SIZES[kind][1]).any(1)
+        assert not wrong.any(), f"{name}: {wrong.sum()} of {len(wrong)} blocks"
+        assert n_other == 0 or name not in OF_WEIGHTS
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+def test_few_blocks(kind: T, n: int) -> None:
+    values = CASES["normal"][: n * GGML_QUANT_SIZES[kind][0]]
+    for i_kernel in range(n_kernels()):
+        assert np.array_equal(by_kernel(i_kernel, values, kind)[0], by_ggml(values, kind))
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+def test_the_converter_s_way(kind: T) -> None:
+    """``quantised`` takes the fast way where there is one: then it gives the same bits, whatever the rows' layout in memory."""
+    rows = CASES["normal"].reshape(-1, 256)
+    blocks = np.zeros(by_ggml(rows.copy(), kind).size, np.uint8)
+    assert native.quantize(np.ascontiguousarray(rows), kind, blocks) == (n_kernels() > 1)
+    for layout in (rows, rows[::-1], np.asfortranarray(rows)):
+        assert np.array_equal(quantised(layout, kind).ravel(), by_ggml(np.ascontiguousarray(layout), kind))
+
+
+def test_refusals() -> None:
+    if n_kernels() == 1:
+        pytest.skip("this CPU has no kernel")
+    values, blocks = np.zeros(512, np.float32), np.zeros(288, np.uint8)
+    assert native.quantize(values, T.Q4_K, blocks)
+    for kind in (T.Q4_0, T.F16, T.IQ2_XXS, -1, 99):
+        assert not native.quantize(values, kind, blocks)
+    with pytest.raises(ValueError, match="512 values to 287 bytes of type 12, which takes 256 to 144 bytes"):
+        native.quantize(values, T.Q4_K, blocks[:287])
+    with pytest.raises(ValueError, match="511 values"):
+        native.quantize(values[:511], T.Q4_K, blocks)
