@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
+from gguf import quants
 from ggml_qcache import native
-from ggml_qcache_convert.outtypes import quantised
+from ggml_qcache_convert.halves import from_float32, to_float32
+from ggml_qcache_convert.outtypes import dequantised, quantised
 from llama_cpp._ggml import libggml
 from op_harness import library
 
@@ -122,3 +124,18 @@ def test_refusals() -> None:
         native.quantize(values, T.Q4_K, blocks[:287])
     with pytest.raises(ValueError, match="511 values"):
         native.quantize(values[:511], T.Q4_K, blocks)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_halves(dtype: str) -> None:
+    """Every value of 16 bits there and back, and values between two."""
+    stored = np.arange(1 << 16, dtype=np.uint16).view(np.float16 if dtype == "F16" else np.uint16)
+    expected = stored.astype(np.float32) if dtype == "F16" else (stored.astype(np.uint32) << 16).view(np.float32)
+    values = to_float32(stored, dtype)
+    known = ~np.isnan(expected)
+    assert np.isnan(values[~known]).all() and np.array_equal(values[known].view(np.uint32), expected[known].view(np.uint32))
+    assert np.array_equal(from_float32(values, dtype)[known].view(np.uint16), stored[known].view(np.uint16))
+    kind = T[dtype]
+    between = np.concatenate([case for case in CASES.values() if np.abs(case).max() < 6e4]).reshape(-1, 256)
+    assert np.array_equal(quantised(between[::2], kind), quants.quantize(between[::2], kind))
+    assert np.array_equal(dequantised(quantised(between, kind), kind), quants.dequantize(quants.quantize(between, kind), kind))

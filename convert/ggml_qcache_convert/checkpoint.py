@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ConversionError
+from .halves import to_float32
 from .jsonfile import read_json
 from .safetensors_file import read_safetensors_header
 from .tensor_entry import ITEM_SIZE, TensorEntry
@@ -104,9 +105,7 @@ class Checkpoint:
 
 def as_float32(stored: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Values of rows as they lie in a file."""
-    if dtype == "BF16":
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32, copy=False)
+    return to_float32(stored, dtype) if dtype in ("F16", "BF16") else stored.astype(np.float32, copy=False)
 
 
 def read_first(directory: Path, names: Sequence[str]) -> dict[str, TensorEntry]:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, ReaderTensor
-from gguf.quants import dequantize
 
 from .calibration import Corrections
 from .chunks import in_chunks
@@ -14,7 +13,7 @@ from .errors import ConversionError
 from .imatrix import Imatrix, add_imatrix_keys, importance_of
 from .lazy_keys import ATTENTION
 from .lazy_layers import LAZY_KEYS
-from .outtypes import OutType, quantised
+from .outtypes import OutType, dequantised, quantised
 from .writer import stored_bytes, stored_layout
 
 _ATTENTION = re.compile(rf"blk\.(\d+)\.({'|'.join(ATTENTION)})\.(?:weight|bias)")
@@ -178,10 +177,10 @@ def _stored(
     result = np.empty(shape, dtype)
 
     def convert(start: int, stop: int) -> None:
-        values = dequantize(tensor.data[start:stop], tensor.tensor_type)
+        values = dequantised(tensor.data[start:stop], tensor.tensor_type)
         if not np.isfinite(values).all():
             raise ConversionError(f"tensor {tensor.name!r} of the GGUF has {int((~np.isfinite(values)).sum())} NaN or infinite values")
-        result[start:stop] = quantised(np.asarray(values, dtype=np.float32), qtype, importance)
+        result[start:stop] = quantised(values, qtype, importance)
 
     for _ in in_chunks(len(result), int(tensor.shape[0]), convert):
         pass

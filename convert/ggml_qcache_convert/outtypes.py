@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
-from gguf.quants import quant_shape_to_byte_shape, quantize
+from gguf.quants import dequantize, quant_shape_to_byte_shape
+
+from .halves import from_float32, to_float32
 
 FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 # where rows aren't whole blocks of 256
@@ -105,9 +107,12 @@ def quantised(
     Raises:
         NotImplementedError: The type can't be written so.
     """
+    if qtype == GGMLQuantizationType.F32:
+        return np.asarray(values, dtype=np.float32)
     if qtype in FLOATS:
-        return quantize(values, qtype)
-    # loads ggml: not needed for floats
+        stored = from_float32(values, qtype.name)
+        return stored if stored.dtype == np.float16 else stored.view(np.uint8)
+    # loads ggml: not needed for float32
     from ggml_qcache import native
     from llama_cpp._ggml import libggml
 
@@ -127,3 +132,10 @@ def quantised(
         ctypes.c_int64(rows.shape[0]), ctypes.c_int64(rows.shape[1]), None if weights is None else weights.ctypes.data_as(ctypes.c_void_p),
     )  # fmt: skip
     return result.reshape(quant_shape_to_byte_shape(values.shape, qtype))
+
+
+def dequantised(stored: npt.NDArray[Any], qtype: GGMLQuantizationType) -> npt.NDArray[np.float32]:
+    """Values of what ``quantised`` gives, f32."""
+    if qtype in (GGMLQuantizationType.F16, GGMLQuantizationType.BF16):
+        return to_float32(stored if stored.dtype == np.float16 else stored.view(np.uint16), qtype.name)
+    return np.asarray(dequantize(stored, qtype), dtype=np.float32)

@@ -141,8 +141,7 @@ def _write_tensor(path: Path, offset: int, tensor: OutputTensor, checkpoint: Che
         values = checkpoint.read_rows(entry, start, stop)
         if not np.isfinite(values).all():
             raise _not_finite(entry, checkpoint)
-        with np.errstate(over="ignore"):
-            stored = quantised(values, tensor.qtype, tensor.importance)
+        stored = quantised(values, tensor.qtype, tensor.importance)
         if tensor.qtype == GGMLQuantizationType.F16 and np.isinf(stored).any():
             raise ConversionError(
                 f"{entry.path}: tensor {entry.name!r} has values up to {np.abs(values).max():g}, over f16's range; "

@@ -9,9 +9,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 from gguf import GGUFReader, ReaderTensor
-from gguf.quants import dequantize
 
-from ..outtypes import quantised
+from ..outtypes import dequantised, quantised
 
 if TYPE_CHECKING:
     from ggml_qcache.native import Model
@@ -43,17 +42,17 @@ class Weights:
         tensor = self._tensors[name]
         # read, since pages of the mapping would stay in memory: those of W_o alone are 9 MB a layer in a 7B model of four bits
         data = np.fromfile(self._path, tensor.data.dtype, tensor.data.size, offset=tensor.data_offset).reshape(tensor.data.shape)
-        return np.asarray(dequantize(data, tensor.tensor_type), dtype=np.float32)
+        return dequantised(data, tensor.tensor_type)
 
     def rows(self, name: str, indices: npt.NDArray[np.integer]) -> Array:
         """Some rows of a matrix, ``[len(indices), n]``."""
         tensor = self._tensors[name]
-        return np.asarray(dequantize(tensor.data[indices], tensor.tensor_type), dtype=np.float32)
+        return dequantised(tensor.data[indices], tensor.tensor_type)
 
     def rounded(self, name: str, values: Array) -> Array:
         """Values as they would be read back from a weight of this type."""
         qtype = self._tensors[name].tensor_type
-        return np.asarray(dequantize(quantised(values, qtype), qtype), dtype=np.float32)
+        return dequantised(quantised(values, qtype), qtype)
 
     @contextmanager
     def replaced(self, model: "Model", weights: Mapping[str, Array]) -> Iterator[None]:
