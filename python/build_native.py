@@ -21,6 +21,11 @@ struct candidate { int32_t id; float logit; float p; };
 struct candidates { struct candidate * data; size_t size; int64_t selected; bool sorted; };
 enum qcache_status next_token(qcache_context_t * ctx, int32_t token, int32_t n_past, float * logits, size_t row, size_t n_vocab);
 int32_t sample_token(uintptr_t apply, uintptr_t accept, uintptr_t sampler, struct candidates * out, const float * logits, size_t row, int32_t n_vocab);
+struct generation {
+    uintptr_t apply, accept, sampler; struct candidates * candidates; float * logits; int32_t n_vocab; int32_t * ids;
+    enum qcache_status status;
+};
+int32_t generate_token(qcache_context_t * ctx, struct generation * g, int32_t token, int32_t n_past);
 """
 
 

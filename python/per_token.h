@@ -62,3 +62,23 @@ static int32_t sample_token(uintptr_t apply, uintptr_t accept, uintptr_t sampler
     ((void (*)(void *, int32_t)) accept)((void *) sampler, chosen.id);
     return chosen.id;
 }
+
+// what stays the same from token to token
+struct generation {
+    uintptr_t           apply, accept, sampler;
+    struct candidates * candidates;
+    float *             logits; // of the last token
+    int32_t             n_vocab;
+    int32_t *           ids;    // of what was appended, by position
+    enum qcache_status  status; // of next_token where that fails
+};
+
+// next_token, then sample_token. -3: nothing was appended, for the reason in status; else as sample_token
+static int32_t generate_token(qcache_context_t * ctx, struct generation * g, int32_t token, int32_t n_past) {
+    g->status = next_token(ctx, token, n_past, g->logits, 0, g->n_vocab);
+    if (g->status != QCACHE_STATUS_SUCCESS) {
+        return -3;
+    }
+    g->ids[n_past] = token;
+    return sample_token(g->apply, g->accept, g->sampler, g->candidates, g->logits, 0, g->n_vocab);
+}

@@ -10,7 +10,7 @@ import pytest
 from llama_cpp import LlamaGrammar, LlamaRAMCache, LogitsProcessorList, StoppingCriteriaList
 from tiny_llava import LAZY_LAYERS, N_HEAD_KV, N_LAYER, N_LAZY, complete, load, tiny_llava
 
-from ggml_qcache import QCacheError, StateError, UnsupportedError
+from ggml_qcache import NoBlocksError, QCacheError, StateError, UnsupportedError
 
 PROMPT = "How many red squares"
 
@@ -160,6 +160,58 @@ def test_eval_sample_and_scores(llm):
     for token in tokens:
         llm.eval([token])
     assert llm.sample(temp=0.0) == generated[0]
+
+
+@pytest.mark.parametrize("sampling", [{"temp": 0.0}, {"temp": 0.9, "repeat_penalty": 1.3, "mirostat_mode": 2}], ids=["greedy", "mirostat"])
+def test_generation_is_that_of_the_base_class(llm, sampling):
+    """With a criterion for stopping, every token goes through the base class's loop."""
+    tokens, never = llm.tokenize(PROMPT.encode()), StoppingCriteriaList([lambda ids, logits: False])
+    results = []
+    for more in ({}, {"stopping_criteria": never}):
+        llm.set_seed(7)
+        llm.reset()
+        generated = [token for token, _ in zip(llm.generate(tokens, **sampling, **more), range(30))]
+        results.append((generated, llm._input_ids.tolist(), llm.n_tokens, llm.last_timings["decode_tokens"], llm.eval_logits[-1]))
+    assert results[0] == results[1]
+
+
+def test_tokens_sent_to_a_generation(llm):
+    tokens = llm.tokenize(PROMPT.encode())
+    steps = llm.generate(tokens, temp=0.0)
+    first = next(steps)
+    then = [steps.send([9, 8]), next(steps)]
+    assert llm._input_ids.tolist() == [*tokens, first, 9, 8, then[0]]
+    assert then == [token for token, _ in zip(llm.generate([*tokens, first, 9, 8], temp=0.0), range(2))]
+
+
+def test_generations_that_end_early(llm):
+    tokens = llm.tokenize(PROMPT.encode())
+    expected = [token for token, _ in zip(llm.generate(tokens, temp=0.0), range(8))]
+    steps, n = llm.generate(tokens, temp=0.0), 0
+    with pytest.raises(ValueError, match=r"256 \+ 1 tokens don't fit n_ctx=256"):
+        for _ in steps:
+            n += 1
+    assert n == 256 - len(tokens) + 1 and llm.n_tokens == 256
+    assert [token for token, _ in zip(llm.generate(tokens, temp=0.0), range(8))] == expected
+    steps = llm.generate(tokens, temp=0.0)
+    next(steps)
+    llm.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(steps)
+
+
+def test_a_generation_without_blocks_left():
+    with load(block_tokens=16) as llm:
+        block = llm.kv_cache_usage()["bytes_block_text"]
+    with load(block_tokens=16, kv_bytes_max=2 * block) as llm:
+        tokens = llm.tokenize(PROMPT.encode())
+        steps, generated = llm.generate(tokens, temp=0.0), []
+        with pytest.raises(NoBlocksError, match="kv_bytes_max"):
+            for token in steps:
+                generated.append(token)
+        assert llm.n_tokens == 32 == len(tokens) + len(generated) - 1
+        assert llm._input_ids.tolist() == [*tokens, *generated[:-1]]
+        assert generated == [token for _, token in zip(generated, llm.generate(tokens, temp=0.0))]
 
 
 @pytest.mark.parametrize("n_batch", [1, 3, 512])
