@@ -9,8 +9,8 @@ that of a 16-token context); `bandwidth_share` is that over the bandwidth measur
 of the device's own copies (bytes read and written). `ratio_peer` and
 `ratio_lazy_off` are how many times faster than llama.cpp's best and than our own lazy-off. `ratio_peer_limit` is what
 `ratio_peer` would be if KV were read at the whole bandwidth, and the rest took what it takes with 16 tokens (`ms_base`: weights
-above all): where it is under a target, attention alone can't reach that. Beside it stands what Python
-adds to a token that `Llama.generate` gives.
+above all): where it is under a target, attention alone can't reach that. `ratio_lazy_off_limit` is what `ratio_lazy_off` would
+be if both read KV so. Beside it stands what Python adds to a token that `Llama.generate` gives.
 """
 
 from __future__ import annotations
@@ -134,7 +134,14 @@ def make_row(
         "ratio_peer_limit": None,
         "ms_kv_limit": 1000 * kv_bytes / bandwidth,
         "ratio_lazy_off": None,
+        "ratio_lazy_off_limit": None,
     }
+
+
+def limit_ms(row: dict[str, Any]) -> float:
+    """What a step would take if KV were read at the whole bandwidth."""
+    limit: float = row["ms_base"] + row["ms_kv_limit"]
+    return limit
 
 
 def free_bytes() -> int:
@@ -244,20 +251,21 @@ class Benchmark:
         peers = sorted(rows[:N_PEERS], key=lambda one: one["ms_per_step"])
         rows = [peers[0], *rows[N_PEERS:]]
         others = [*peers[1:], *(trials[index] for index in by_time[N_PEERS:])]
-        off = {one["kv"]: one["ms_per_step"] for one in rows if one["lazy"] == "none"}
+        off = {one["kv"]: one for one in rows if one["lazy"] == "none"}
         for one in [*rows, *others]:
             one["peer"] = peers[0]["setting"]
             one["ratio_peer"] = peers[0]["ms_per_step"] / one["ms_per_step"]
-            one["ratio_peer_limit"] = peers[0]["ms_per_step"] / (one["ms_base"] + one["ms_kv_limit"])
+            one["ratio_peer_limit"] = peers[0]["ms_per_step"] / limit_ms(one)
             if one["lazy"] is not None and one["kv"] in off:
-                one["ratio_lazy_off"] = off[one["kv"]] / one["ms_per_step"]
+                one["ratio_lazy_off"] = off[one["kv"]]["ms_per_step"] / one["ms_per_step"]
+                one["ratio_lazy_off_limit"] = limit_ms(off[one["kv"]]) / limit_ms(one)
         self.results.rows += [*rows, *others]
 
 
 def decode_table(rows: Iterable[dict[str, Any]], bandwidth: float) -> Table:
     """The measurements for the terminal."""
     table = Table(title=f"decode (memory is read at {bandwidth / 1e9:.1f} GB/s)")
-    for name in ("context", "seqs", "method", "ms/step", "IQR", "tok/s", "KV MB", "KV GB/s", "share", "x peer", "limit", "x lazy off"):
+    for name in ("context", "seqs", "method", "ms/step", "IQR", "tok/s", "KV MB", "KV GB/s", "share", "x peer", "limit", "x lazy off", "limit"):
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
 
     def shown(value: float | None, digits: int) -> str:
@@ -269,7 +277,7 @@ def decode_table(rows: Iterable[dict[str, Any]], bandwidth: float) -> Table:
             str(row["context"]), str(row["n_seq"]), f"{row['method']}, {row['setting']}", f"{row['ms_per_step']:.1f}",
             f"{row['ms_iqr']:.1f}", f"{row['tokens_per_s']:.1f}", f"{row['kv_bytes'] / 1e6:.0f}", shown(row["kv_gbps"], 1),
             "" if share is None else f"{share:.0%}", shown(row["ratio_peer"], 2), shown(row["ratio_peer_limit"], 2),
-            shown(row["ratio_lazy_off"], 2),
+            shown(row["ratio_lazy_off"], 2), shown(row["ratio_lazy_off_limit"], 2),
         )  # fmt: skip
     return table
 

@@ -8,7 +8,7 @@ from typing import Any
 
 _COLUMNS = (
     "context", "sequences", "method", "ms per step", "IQR", "tokens/s", "KV MB", "KV GB/s", "of bandwidth",
-    "x llama.cpp's best", "its limit", "x lazy off",
+    "x llama.cpp's best", "its limit", "x lazy off", "its limit",
 )  # fmt: skip
 _MODES = ("none", "visual", "global")
 
@@ -129,5 +129,5 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         str(row["context"]), str(row["n_seq"]), _method(row), shown("ms_per_step", 1), shown("ms_iqr", 1), shown("tokens_per_s", 1),
         shown("kv_bytes", 0, 1e-6), shown("kv_gbps", 1), shown("bandwidth_share", 0, 100, " %"), shown("ratio_peer", 2),
-        shown("ratio_peer_limit", 2), shown("ratio_lazy_off", 2),
+        shown("ratio_peer_limit", 2), shown("ratio_lazy_off", 2), shown("ratio_lazy_off_limit", 2),
     ]  # fmt: skip
