@@ -7,7 +7,7 @@
 #include <ggml.h>
 
 #include <cstring>
-#include <vector>
+#include <initializer_list>
 
 #if defined(__x86_64__)
 #    include "cpu/x86-features.h"
@@ -34,24 +34,44 @@ void qcache_quantize_by_ggml(int32_t type, const float * src, uint8_t * dst) {
     ggml_quantize_chunk((ggml_type) type, src, dst, 0, 1, qcache_quantize_block_values(type), nullptr);
 }
 
-// A ggml compiled to fuse multiplications and additions, or with another search, gives other bits: one that
-// does is found by trying values from small to large.
+bool qcache_quantize_probe(int32_t type, int i, float * values) {
+    constexpr int         N       = 16;
+    static const uint32_t q4_K[N] = {
+        0x78dde6c4, 0x8a8042be, 0x54cda260, 0x41942d86, 0x1d83e922, 0x547fd809, 0x90233efb, 0x1aa381b9,
+        0xd3cc477a, 0xb1d0de0f, 0xd65ee48c, 0x09311d81, 0x7a8724d1, 0x0dd8958c, 0xc3256fb2, 0x0cbf3ec5,
+    };
+    static const uint32_t q5_K[N] = {
+        0x64bb12e5, 0x87466396, 0xbf8ba106, 0x93a5b2d7, 0x1a7a01bc, 0x41fa94cf, 0x873ab62e, 0xf890bd7e,
+        0x1cd0f9a4, 0xe9e0ee1a, 0x64381b29, 0xecd37ab0, 0xcd6aae57, 0xb404cdbf, 0xa196e555, 0x985a1a6c,
+    };
+    static const uint32_t q6_K[N] = {
+        0x538453d7, 0xd891921a, 0xe162c017, 0xbc092d2a, 0x8bc99147, 0xb9f45231, 0xa0ca16c3, 0x425fb9f6,
+        0x9942374f, 0xde8258ae, 0x23c27a0d, 0x51ed3af7, 0xe1e08230, 0xb713eac8, 0x5e1c9276, 0x1f98c41b,
+    };
+    if (i >= N) {
+        return false;
+    }
+    uint32_t random = type == QCACHE_QUANTIZED_Q4_K ? q4_K[i] : type == QCACHE_QUANTIZED_Q5_K ? q5_K[i] : type == QCACHE_QUANTIZED_Q6_K ? q6_K[i] : i;
+    for (int k = 0; k < 256; k++) {
+        random    = random * 1664525u + 1013904223u;
+        values[k] = ((float) (random >> 8) - (float) (1 << 23)) * 1e-8f;
+    }
+    return true;
+}
+
+// false: a ggml compiled to fuse multiplications and additions, or with another search
 static bool gives_ggmls_bits(int32_t type, qcache_quantize_kernel kernel) {
-    constexpr int      N      = 24;
-    const int32_t      values = qcache_quantize_block_values(type);
-    const size_t       bytes  = qcache_quantize_block_bytes(type);
-    std::vector<float> x((size_t) N * values);
-    uint32_t           random = 1;
-    for (size_t i = 0; i < x.size(); i++) {
-        random = random * 1664525u + 1013904223u;
-        x[i]   = ((float) (random >> 8) / (1 << 24) - 0.5f) * (float) (1 + i / values % 8) * 0.01f;
+    float   values[256];
+    uint8_t ours[8 * 34], theirs[8 * 34]; // as many blocks as 256 values fill, of any type
+    for (int i = 0; qcache_quantize_probe(type, i, values); i++) {
+        const int n = 256 / qcache_quantize_block_values(type);
+        kernel(type, values, ours, n, qcache_quantize_by_ggml);
+        ggml_quantize_chunk((ggml_type) type, values, theirs, 0, 1, 256, nullptr);
+        if (std::memcmp(ours, theirs, (size_t) n * qcache_quantize_block_bytes(type)) != 0) {
+            return false;
+        }
     }
-    std::vector<uint8_t> ours(N * bytes), theirs(N * bytes);
-    kernel(type, x.data(), ours.data(), N, qcache_quantize_by_ggml);
-    for (int i = 0; i < N; i++) {
-        qcache_quantize_by_ggml(type, x.data() + (size_t) i * values, theirs.data() + i * bytes);
-    }
-    return std::memcmp(ours.data(), theirs.data(), ours.size()) == 0;
+    return true;
 }
 
 static qcache_quantize_kernel kernel_for(int32_t type) {
@@ -60,8 +80,10 @@ static qcache_quantize_kernel kernel_for(int32_t type) {
             qcache_quantize_kernel by_type[16] = {};
         } kernels;
         for (const int32_t type : { QCACHE_QUANTIZED_Q8_0, QCACHE_QUANTIZED_Q4_K, QCACHE_QUANTIZED_Q5_K, QCACHE_QUANTIZED_Q6_K }) {
-            const qcache_quantize_kernel kernel = qcache_quantize_kernel_by_index(0);
-            kernels.by_type[type]               = kernel != nullptr && gives_ggmls_bits(type, kernel) ? kernel : nullptr;
+            qcache_quantize_kernel kernel;
+            for (int i = 0; (kernel = qcache_quantize_kernel_by_index(i)) != nullptr && !gives_ggmls_bits(type, kernel); i++) {
+            }
+            kernels.by_type[type] = kernel;
         }
         return kernels;
     }();

@@ -15,8 +15,8 @@ enum qcache_quantized_type {
 // Quantises one superblock of 256 values as ggml does.
 typedef void (*qcache_quantize_superblock)(int32_t type, const float * src, uint8_t * dst);
 
-// Reads n_blocks blocks of 32 (Q8_0) or 256 values and writes as many blocks. What a kernel has no rule for, values so large, so
-// small or so unequal that ggml's own special cases decide, it leaves to `other`.
+// Reads n_blocks blocks of 32 (Q8_0) or 256 values and writes as many blocks. K-quants of values so large, so small or so unequal
+// that ggml's own special cases decide are left to `other`.
 typedef void (*qcache_quantize_kernel)(int32_t type, const float * src, uint8_t * dst, int64_t n_blocks, qcache_quantize_superblock other);
 
 // values and bytes of a block; 0: another type
@@ -36,3 +36,7 @@ qcache_quantize_kernel qcache_quantize_kernel_by_index(int i);
 
 // as ggml does it, with ggml's own function
 void qcache_quantize_by_ggml(int32_t type, const float * src, uint8_t * dst);
+
+// The i-th of the values by which a ggml that rounds in another way is known, 256 of them; false after the last. Few superblocks are
+// so near a tie in the search that a fused multiplication and addition changes a bit: these are some of them.
+bool qcache_quantize_probe(int32_t type, int i, float * values);

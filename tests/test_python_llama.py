@@ -175,11 +175,21 @@ def test_generation_is_that_of_the_base_class(llm, sampling):
     assert results[0] == results[1]
 
 
+def test_processors_see_what_was_generated(llm):
+    tokens, never = llm.tokenize(PROMPT.encode()), StoppingCriteriaList([lambda ids, logits: False])
+    seen = ([], [])
+    for ids_seen, more in zip(seen, ({}, {"stopping_criteria": never})):
+        processors = LogitsProcessorList([lambda ids, logits: ids_seen.append(ids.tolist()) or logits])
+        llm.reset()
+        generated = [token for _, token in zip(range(6), llm.generate(tokens, temp=0.0, logits_processor=processors, **more))]
+        assert ids_seen == [[*tokens, *generated[:n]] for n in range(6)]
+
+
 def test_tokens_sent_to_a_generation(llm):
     tokens = llm.tokenize(PROMPT.encode())
     steps = llm.generate(tokens, temp=0.0)
     first = next(steps)
-    then = [steps.send([9, 8]), next(steps)]
+    then = [steps.send(np.array([9, 8])), next(steps)]
     assert llm._input_ids.tolist() == [*tokens, first, 9, 8, then[0]]
     assert then == [token for token, _ in zip(llm.generate([*tokens, first, 9, 8], temp=0.0), range(2))]
 

@@ -1,6 +1,8 @@
 """Quantising (ggml_qcache/qcache-quantize.h): the bits are ggml's, for weights and for what no model should have."""
 
 import ctypes
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from llama_cpp._ggml import libggml
 from op_harness import library
 
 TYPES = [T.Q8_0, T.Q4_K, T.Q5_K, T.Q6_K]
-N_SUPERBLOCKS = 101  # odd: two go into a vector of AVX-512
+N_SUPERBLOCKS = 101  # odd: up to four are done at once
 N = 256 * N_SUPERBLOCKS
 
 
@@ -52,6 +54,13 @@ def in_blocks(rng: np.random.Generator, size: int) -> np.ndarray:
     return rng.standard_normal(N) * 10.0 ** rng.integers(-9, 4, N // size).repeat(size)
 
 
+def near_a_constant(rng: np.random.Generator) -> np.ndarray:
+    """Blocks whose values differ by so little, beside one far away, that ggml's rounding to integers wraps."""
+    blocks = -0.41 + 4e-7 * rng.uniform(-1, 1, (N // 256, 8, 32))
+    blocks[:, 0], blocks[:, 1] = -50, -0.41 + 2.7e-5 * rng.uniform(-1, 1, (N // 256, 32))
+    return blocks.ravel()
+
+
 def cases() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(5)
     normal = rng.standard_normal(N)
@@ -76,6 +85,8 @@ def cases() -> dict[str, np.ndarray]:
         "tiny": normal * 1e-9,
         "subnormal": normal * 1e-40,
         "large": normal * 1e6,
+        "far down": rng.uniform(-6e6, 0, N),
+        "far from the others": near_a_constant(rng),
         "huge": normal * 1e37,
     }
     return {name: np.ascontiguousarray(case, np.float32) for name, case in values.items()}
@@ -113,8 +124,15 @@ def test_the_converter_s_way(kind: T) -> None:
         assert np.array_equal(quantised(layout, kind).ravel(), by_ggml(np.ascontiguousarray(layout), kind))
 
 
+@pytest.mark.skipif(n_kernels() == 0, reason="no kernel for this CPU")
+@pytest.mark.parametrize("kind", [T.Q4_K, T.Q5_K, T.Q6_K], ids=lambda kind: kind.name)
+def test_a_ggml_that_fuses_is_told_apart(kind: T) -> None:
+    tells = [library().harness_quantize_probe_tells(ctypes.c_int32(kind), i) for i in range(17)]
+    assert tells == [1] * 16 + [-1]
+
+
 def test_refusals() -> None:
-    if n_kernels() == 1:
+    if n_kernels() < 2:
         pytest.skip("this CPU has no kernel")
     values, blocks = np.zeros(512, np.float32), np.zeros(288, np.uint8)
     assert native.quantize(values, T.Q4_K, blocks)
@@ -124,6 +142,9 @@ def test_refusals() -> None:
         native.quantize(values, T.Q4_K, blocks[:287])
     with pytest.raises(ValueError, match="511 values"):
         native.quantize(values[:511], T.Q4_K, blocks)
+    for other in (np.float64, np.float16):
+        with pytest.raises(ValueError, match="float32, got"):
+            native.quantize(values.astype(other), T.Q4_K, blocks)
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
@@ -139,3 +160,17 @@ def test_halves(dtype: str) -> None:
     between = np.concatenate([case for case in CASES.values() if np.abs(case).max() < 6e4]).reshape(-1, 256)
     assert np.array_equal(quantised(between[::2], kind), quants.quantize(between[::2], kind))
     assert np.array_equal(dequantised(quantised(between, kind), kind), quants.dequantize(quants.quantize(between, kind), kind))
+
+
+def test_halves_of_any_number_in_a_process_of_their_own() -> None:
+    """ggml takes what is left of a row after whole vectors from a table that it fills when it is first used."""
+    code = """
+import numpy as np
+from ggml_qcache_convert.halves import from_float32, to_float32
+for n in range(1, 35):
+    values = np.arange(1, n + 1, dtype=np.float32) / 4
+    for dtype in ("F16", "BF16"):
+        assert np.array_equal(to_float32(from_float32(values, dtype), dtype), values), (n, dtype)
+    assert np.array_equal(to_float32(values.astype(np.float16), "F16"), values), n
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

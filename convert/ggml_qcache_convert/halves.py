@@ -1,6 +1,7 @@
 """f32 from and to f16 and bf16, by ggml: it has instructions for them where NumPy takes 10 to 30 times as long."""
 
 import ctypes
+import functools
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,18 @@ def from_float32(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any
     return _convert(values, np.float32, _STORED[dtype], f"ggml_cpu_fp32_to_{_SUFFIX[dtype]}")
 
 
-def _convert(array: npt.NDArray[Any], source: type[np.generic], target: type[np.generic], function: str) -> npt.NDArray[Any]:
-    from llama_cpp._ggml import libggml  # loads ggml
+@functools.cache
+def _library() -> Any:
+    """ggml, with its table of f16 values filled: what is left of a row after whole vectors is looked up there."""
+    from llama_cpp._ggml import libggml
 
+    libggml.ggml_cpu_init()
+    return libggml
+
+
+def _convert(array: npt.NDArray[Any], source: type[np.generic], target: type[np.generic], function: str) -> npt.NDArray[Any]:
     given = np.ascontiguousarray(array, dtype=source)
     result = np.empty(array.shape, dtype=target)
-    getattr(libggml, function)(given.ctypes.data_as(ctypes.c_void_p), result.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(given.size))
+    convert = getattr(_library(), function)
+    convert(given.ctypes.data_as(ctypes.c_void_p), result.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(given.size))
     return result

@@ -112,7 +112,7 @@ def quantised(
     if qtype in FLOATS:
         stored = from_float32(values, qtype.name)
         return stored if stored.dtype == np.float16 else stored.view(np.uint8)
-    # loads ggml: not needed for float32
+    # loads ggml
     from ggml_qcache import native
     from llama_cpp._ggml import libggml
 

@@ -86,7 +86,8 @@ inline int least(int a, int b) { return a < b ? a : b; }
 struct affine {
     static constexpr int N = 32;
     float scale[LANES], minimum[LANES];
-    bool  constant[LANES]; // all values the same: l is 0
+    float from[LANES], to[LANES]; // the least value or 0, and the largest
+    bool  constant[LANES];        // these are the same: l is 0
     bool  odd[LANES];
 };
 
@@ -159,16 +160,17 @@ inline void fit_affine(const float * x, float n_max, float first, int n_step, af
         least_range     = v_min(range, least_range);
     }
 
-    float min_at[LANES], max_at[LANES], range_at[LANES];
-    w_store(min_at, min);
-    w_store(max_at, max);
+    float range_at[LANES];
+    w_store(out.from, min);
+    w_store(out.to, max);
     w_store(range_at, least_range);
     w_store(out.scale, scale);
     w_store(out.minimum, zero - minimum);
     for (int lane = 0; lane < LANES; lane++) {
-        const float from = min_at[lane], to = max_at[lane];
+        const float from = out.from[lane], to = out.to[lane];
+        const bool  fits   = from > -1e6f && to < 1e6f && range_at[lane] > 1e-9f && range_at[lane] > 1e-4f * (to - from) && out.scale[lane] > 0.0f;
         out.constant[lane] = from == to;
-        out.odd[lane]      = !out.constant[lane] && !(range_at[lane] > 1e-9f && to - from < 1e9f && range_at[lane] > 1e-4f * (to - from) && out.scale[lane] > 0.0f);
+        out.odd[lane]      = !(out.constant[lane] || fits);
         if (out.constant[lane]) {
             out.scale[lane]   = 0.0f;
             out.minimum[lane] = 0.0f - from;
@@ -182,6 +184,9 @@ inline bool round_affine(const float * src, const affine & fit, int lane0, int n
     for (int b = 0; b < 8; b++) {
         max_scale = fit.scale[lane0 + b] > max_scale ? fit.scale[lane0 + b] : max_scale;
         max_min   = fit.minimum[lane0 + b] > max_min ? fit.minimum[lane0 + b] : max_min;
+    }
+    if (max_min > 1e6f || (max_min > 0.0f && max_min < 1e-30f)) {
+        return false;
     }
     const float to_scale = max_scale > 0.0f ? 63.0f / max_scale : 0.0f;
     const float to_min   = max_min > 0.0f ? 63.0f / max_min : 0.0f;
@@ -202,6 +207,10 @@ inline bool round_affine(const float * src, const affine & fit, int lane0, int n
                 levels[b * 32 + i] = 0;
             }
             continue;
+        }
+        // beyond, ggml's rounding wraps
+        if (!(__builtin_fabsf(fit.from[lane0 + b] + dm) < 4e6f * ds && __builtin_fabsf(fit.to[lane0 + b] + dm) < 4e6f * ds)) {
+            return false;
         }
         for (int i = 0; i < 32; i += QV_WIDTH) {
             const vf l = v_round((v_load(src + b * 32 + i) + v_set1(dm)) / v_set1(ds));

@@ -419,21 +419,26 @@ class Llama(base.Llama):
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Any:
         self._reset_timings()
         steps = super().generate(tokens, *args, **kwargs)
-        if args or self._logits_all or self.draft_model is not None or kwargs.get("stopping_criteria") is not None:
-            return steps  # drafts and criteria look at each token in Python
+        watched = any(kwargs.get(name) is not None for name in ("logits_processor", "stopping_criteria"))
+        if args or watched or self._logits_all or self.draft_model is not None:
+            return steps  # each token is looked at in Python
         return self._generate(steps)
 
     def _generate(self, steps: Iterator[int]) -> Generator[int, Optional[Sequence[int]], None]:
-        """Goes on from the first token of a generation of the base class, whose loop takes twice the time for each."""
+        """Goes on from the first token of a generation of the base class, whose loop takes twice the time for each.
+
+        Tokens that are sent follow the one just given.
+        """
         token = next(steps)
         sampler = self._sampler
         generation = Generation(sampler, self._candidates, self._scores_buffer, self.input_ids)
         context, timings, clock = self._context, self.last_timings, time.perf_counter
         while True:
             more = yield token
-            if more:
+            if more is not None:
                 self.eval([token, *more])
-                token = self._candidates.sample(sampler.sampler, self._scores_buffer, 0)
+                self._sampler = sampler
+                token = self.sample()
                 continue
             started, n_past = clock(), self.n_tokens
             if n_past >= self._n_ctx:

@@ -129,8 +129,10 @@ def quantize(values: npt.NDArray[np.float32], qtype: int, blocks: npt.NDArray[np
         False, and nothing is written, where the type, this CPU or this ggml has no fast way: ggml's own is left.
 
     Raises:
-        ValueError: ``blocks`` hasn't the size of the blocks, or ``values`` are no whole blocks.
+        ValueError: ``blocks`` hasn't the size of the blocks, or ``values`` are no whole blocks or not f32.
     """
+    if values.dtype != np.float32:
+        raise ValueError(f"values to quantise are float32, got {values.dtype}")
     source, target = ffi.from_buffer("float[]", values), ffi.from_buffer("uint8_t[]", blocks, require_writable=True)
     status = lib.qcache_quantize(qtype, source, target, values.size, blocks.nbytes)
     if status == lib.QCACHE_STATUS_UNSUPPORTED:

@@ -1,9 +1,11 @@
 // quantize_harness.cpp: quantising (qcache-quantize.h) for tests/test_quantize.py: by the kernels of this CPU, the fastest first, and
-// by that of AVX-512 over plain arrays, so that its width is tested on every CPU
+// by that of AVX-512 over plain arrays, so that its width is tested on every x86-64. Flags: -ffp-contract=off
 
 #include "qcache-quantize.h"
 
 #include <ggml.h>
+
+#include <cstring>
 
 #define QCACHE_QUANTIZE_KERNEL quantize_emulated_16
 #define QV_WIDTH               16
@@ -67,13 +69,18 @@ static void by_ggml(int32_t type, const float * src, uint8_t * dst) {
     qcache_quantize_by_ggml(type, src, dst);
 }
 
-// 1: there is no such kernel. n_other receives the number of superblocks that it left to ggml
+// 1: there is no such kernel, on other CPUs none at all: their ggml fuses. n_other receives the number of superblocks that it left to ggml
 HARNESS_API int32_t harness_quantize(int32_t i_kernel, int32_t type, const float * src, uint8_t * dst, int64_t n_blocks, int64_t * n_other) {
     int n = 0;
     while (qcache_quantize_kernel_by_index(n) != nullptr) {
         n++;
     }
-    if (i_kernel > n) {
+#if defined(__x86_64__)
+    const int n_emulated = 1;
+#else
+    const int n_emulated = 0;
+#endif
+    if (i_kernel >= n + n_emulated) {
         return 1;
     }
     n_left_to_ggml = 0;
@@ -82,3 +89,23 @@ HARNESS_API int32_t harness_quantize(int32_t i_kernel, int32_t type, const float
     *n_other = n_left_to_ggml;
     return 0;
 }
+
+#if defined(__x86_64__)
+void quantize_fused(int32_t type, const float * src, uint8_t * dst, int64_t n_blocks, qcache_quantize_superblock other);
+
+// whether fused operations change the bits of these 256 values
+HARNESS_API int32_t harness_quantize_tells(int32_t type, const float * values) {
+    uint8_t plain[256], fused[256];
+    std::memset(plain, 0, sizeof(plain));
+    std::memset(fused, 0, sizeof(fused));
+    qcache_quantize_avx2(type, values, plain, 1, qcache_quantize_by_ggml);
+    quantize_fused(type, values, fused, 1, qcache_quantize_by_ggml);
+    return std::memcmp(plain, fused, sizeof(plain)) != 0;
+}
+
+// of the i-th probe; -1 after the last
+HARNESS_API int32_t harness_quantize_probe_tells(int32_t type, int32_t i) {
+    float values[256];
+    return qcache_quantize_probe(type, i, values) ? harness_quantize_tells(type, values) : -1;
+}
+#endif
