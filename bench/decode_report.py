@@ -67,13 +67,17 @@ def lazy_attn(result: dict[str, Any]) -> str:
         rows.setdefault((shape, row["type"], str(row["n_seq"])), {})[row["mode"]] = row
     facts = (
         f"Kernel {result['kernel']}, {result['threads']} threads, {result['keys']} keys a sequence. KV in GB/s, and its share of "
-        "what a loop of plain loads reads of the same memory."
+        "what a loop of plain loads reads of the same memory; what the kernel gets through with few keys, again and again from the caches."
     )
     cells = (
-        [*case, *(f"{modes[mode]['gbps']:.1f} ({100 * modes[mode]['bandwidth_share']:.0f} %)" for mode in ("off", "visual", "global"))]
+        [
+            *case,
+            *(f"{modes[mode]['gbps']:.1f} ({100 * modes[mode]['bandwidth_share']:.0f} %)" for mode in ("off", "visual", "global")),
+            f"{modes['off']['cached_gbps']:.1f}" if "cached_gbps" in modes["off"] else "",
+        ]
         for case, modes in rows.items()
     )
-    return "\n".join([facts, "", *table(("shape", "type", "sequences", "lazy off", "lazy visual", "lazy global"), cells)])
+    return "\n".join([facts, "", *table(("shape", "type", "sequences", "lazy off", "lazy visual", "lazy global", "off, from the caches"), cells)])
 
 
 def matmul(result: dict[str, Any]) -> str:

@@ -172,12 +172,12 @@ def test_calibration_benchmark(tmp_path, capsys):
 
 
 def test_report_of_the_operation_alone(tmp_path, capsys):
-    row = {"head_dim": 80, "n_head": 32, "n_head_kv": 8, "type": "q8_0", "n_seq": 8, "gbps": 20.0, "bandwidth_share": 0.8}
+    row = {"head_dim": 80, "n_head": 32, "n_head_kv": 8, "type": "q8_0", "n_seq": 8, "gbps": 20.0, "bandwidth_share": 0.8, "cached_gbps": 31.0}
     result = {"benchmark": "lazy_attn", "kernel": "avx2", "threads": 2, "keys": 3072}
     result["rows"] = [{**row, "mode": mode} for mode in ("off", "global", "visual")]
     (tmp_path / "r.json").write_text(json.dumps(result))
     assert report.main([str(tmp_path / "r.json")]) == 0
-    assert "| 32 heads, 8 KV heads of 80 | q8_0 | 8 | 20.0 (80 %) |" in capsys.readouterr().out
+    assert "| 32 heads, 8 KV heads of 80 | q8_0 | 8 | 20.0 (80 %) | 20.0 (80 %) | 20.0 (80 %) | 31.0 |" in capsys.readouterr().out
 
 
 def test_report_of_products(tmp_path, capsys):
