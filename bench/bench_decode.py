@@ -379,6 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             **found,
             "model": {"file": path.name, **benchmark.model.info._asdict()},
             "threads": args.threads,
+            "kernel": benchmark.ours[0].kernel,
             "gpu": benchmark.model.info.gpu,
             "read_bandwidth": results.bandwidth,
             "nmse": benchmark.nmse,

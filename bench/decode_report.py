@@ -24,7 +24,7 @@ def full(result: dict[str, Any]) -> str:
     machine, versions, model = result["machine"], result["versions"], result["model"]
     lines = [
         f"{model['file']}: {model['architecture']}, {model['n_layer']} layers, {model['n_head']} heads, {model['n_head_kv']} KV heads of "
-        f"{model['head_dim']}, {model['n_bytes'] / 1e9:.2f} GB of weights. {machine['cpu']}, {result['threads']} threads, memory read at "
+        f"{model['head_dim']}, {model['n_bytes'] / 1e9:.2f} GB of weights. {machine['cpu']}, {result['threads']} threads, {result['kernel']}, memory read at "
         f"{result['read_bandwidth'] / 1e9:.1f} GB/s. Commit {result['commit']}, ggml {versions['ggml']}, llama-cpp-python "
         f"{versions['llama_cpp_python']}; `{result['command']}`. Load at the start {machine['load'][0]}.",
         "",
@@ -123,7 +123,8 @@ def _method(row: dict[str, Any]) -> str:
 
 def _model(result: dict[str, Any]) -> str:
     model = result["model"]
-    return f"{model['file'].rpartition('.')[0]}: {model['n_head']} heads, {model['n_head_kv']} KV heads of {model['head_dim']}"
+    name = model["file"].rpartition(".")[0]
+    return f"{name}: {model['n_head']} heads, {model['n_head_kv']} KV heads of {model['head_dim']}; {result['kernel']}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

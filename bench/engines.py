@@ -89,12 +89,14 @@ class QcacheEngine:
         }  # fmt: skip
         self._state = b""
         self._block_bytes = (0, 0)
+        self.kernel = ""  # known after the first prefill
 
     def prefill(self, prompt: Prompt) -> tuple[float, npt.NDArray[np.float32]]:
         with Context(self._model, n_ctx=len(prompt.tokens), **self._params) as context:
             start = time.perf_counter()
             context.decode(prompt.tokens, modality=np.where(prompt.visual, VISUAL, TEXT))
             seconds = time.perf_counter() - start
+            self.kernel = context.attn_name
             usage = context.kv_usage()
             self._block_bytes = usage["bytes_block_text"], usage["bytes_block_visual"]
             self._state = context.state_get()

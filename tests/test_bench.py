@@ -127,7 +127,7 @@ def test_decode_result(result: Path) -> None:
         size = {(row["kv"], row["lazy"]): row["kv_bytes"] for row in case if row["lazy"]}
         for kv in ("f16", "q8_0"):
             assert size[kv, "global"] < size[kv, "visual"] < size[kv, "none"]
-            assert all(row["ratio_lazy_off"] == 1 for row in case if row["kv"] == kv and row["lazy"] == "none")
+            assert all(row["ratio_lazy_off"] == row["ratio_lazy_off_limit"] == 1 for row in case if row["kv"] == kv and row["lazy"] == "none")
         assert size["q8_0", "none"] == size["f16", "none"] * 17 / 32
 
 
@@ -152,7 +152,8 @@ def test_report(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert report.main([str(result)]) == 0
     assert set(capsys.readouterr().out.split("\n")) <= {*text.split("\n")} | {""}
-    assert "m: 2 heads, 2 KV heads of 128 | 160 | 2 |" in text
+    kernel = json.loads(result.read_text())["kernel"]
+    assert kernel and f"m: 2 heads, 2 KV heads of 128; {kernel} | 160 | 2 |" in text
     readme.write_text("no markers")
     assert report.main([str(result), "--write", str(readme)]) == 1
     (tmp_path / "x.json").write_text("{}")
