@@ -88,22 +88,22 @@ struct affine {
     float scale[LANES], minimum[LANES];
     float from[LANES], to[LANES]; // the least value or 0, and the largest
     bool  constant[LANES];        // these are the same: l is 0
-    bool  odd[LANES];
+    bool  odd[LANES];             // of a size or a shape that is left to ggml
 };
 
 // x [N][LANES]. The candidates for 1 / scale are (first + i / 10 + n_max) / (max - the best minimum so far), i = 0 .. n_step
 inline void fit_affine(const float * x, float n_max, float first, int n_step, affine & out) {
-    constexpr int N = affine::N;
-    const wide zero   = w_set1(0.0f);
-    float    weights[N * LANES], levels[N * LANES];
+    constexpr int N    = affine::N;
+    const wide    zero = w_set1(0.0f);
+    float         weights[N * LANES], levels[N * LANES];
 
     wide power = zero;
     for (int i = 0; i < N; i++) {
         const wide xi = w_load(x + i * LANES);
-        power       = power + xi * xi;
+        power         = power + xi * xi;
     }
-    const wide rms  = v_sqrt(power / w_set1((float) N));
-    wide       min  = w_load(x), max = min;
+    const wide rms   = v_sqrt(power / w_set1((float) N));
+    wide       min   = w_load(x), max = min;
     wide       sum_w = rms + v_abs(min);
     wide       sum_x = sum_w * min;
     w_store(weights, sum_w);
@@ -128,7 +128,7 @@ inline void fit_affine(const float * x, float n_max, float first, int n_step, af
     wide       error   = zero;
     for (int i = 0; i < N; i++) {
         const wide diff = scale * level(i, inverse, minimum) + minimum - w_load(x + i * LANES);
-        error         = error + w_load(weights + i * LANES) * (diff * diff);
+        error           = error + w_load(weights + i * LANES) * (diff * diff);
     }
     for (int step = 0; step <= n_step; step++) {
         const wide candidate = w_set1(first + 0.1f * step + n_max) / range;
@@ -141,23 +141,23 @@ inline void fit_affine(const float * x, float n_max, float first, int n_step, af
             sum_l2 = sum_l2 + wl * l;
             sum_xl = sum_xl + wl * w_load(x + i * LANES);
         }
-        const wide det       = sum_w * sum_l2 - sum_l * sum_l;
-        wide       new_scale = (sum_w * sum_xl - sum_x * sum_l) / det;
-        wide       new_min   = (sum_l2 * sum_x - sum_l * sum_xl) / det;
+        const wide      det       = sum_w * sum_l2 - sum_l * sum_l;
+        wide            new_scale = (sum_w * sum_xl - sum_x * sum_l) / det;
+        wide            new_min   = (sum_l2 * sum_x - sum_l * sum_xl) / det;
+        wide            new_error = zero;
         const wide_mask positive  = v_lt(zero, new_min);
-        new_scale          = v_select(positive, sum_xl / sum_l2, new_scale);
-        new_min            = v_select(positive, zero, new_min);
-        wide new_error       = zero;
+        new_scale                 = v_select(positive, sum_xl / sum_l2, new_scale);
+        new_min                   = v_select(positive, zero, new_min);
         for (int i = 0; i < N; i++) {
             const wide diff = new_scale * w_load(levels + i * LANES) + new_min - w_load(x + i * LANES);
-            new_error     = new_error + w_load(weights + i * LANES) * (diff * diff);
+            new_error       = new_error + w_load(weights + i * LANES) * (diff * diff);
         }
         const wide_mask better = v_and(v_lt(zero, det), v_lt(new_error, error));
-        error           = v_select(better, new_error, error);
-        scale           = v_select(better, new_scale, scale);
-        minimum         = v_select(better, new_min, minimum); // the next candidates go on from there
-        range           = max - minimum;
-        least_range     = v_min(range, least_range);
+        error                  = v_select(better, new_error, error);
+        scale                  = v_select(better, new_scale, scale);
+        minimum                = v_select(better, new_min, minimum); // the next candidates go on from there
+        range                  = max - minimum;
+        least_range            = v_min(range, least_range);
     }
 
     float range_at[LANES];
@@ -285,14 +285,14 @@ struct linear {
 
 // x [N][LANES]
 inline void fit_linear(const float * x, linear & out) {
-    constexpr int N = linear::N;
-    const wide zero = w_set1(0.0f), lowest = w_set1(-32.0f), highest = w_set1(31.0f);
-    wide       size = zero, extreme = zero;
+    constexpr int N    = linear::N;
+    const wide    zero = w_set1(0.0f), lowest = w_set1(-32.0f), highest = w_set1(31.0f);
+    wide          size = zero, extreme = zero;
     for (int i = 0; i < N; i++) {
-        const wide xi     = w_load(x + i * LANES);
+        const wide      xi     = w_load(x + i * LANES);
         const wide_mask larger = v_lt(size, v_abs(xi));
-        size            = v_select(larger, v_abs(xi), size);
-        extreme         = v_select(larger, xi, extreme);
+        size                   = v_select(larger, v_abs(xi), size);
+        extreme                = v_select(larger, xi, extreme);
     }
     float weights[N * LANES], weighted[N * LANES];
     for (int i = 0; i < N; i++) {
@@ -304,8 +304,8 @@ inline void fit_linear(const float * x, linear & out) {
         sum_xl = sum_l2 = zero;
         for (int i = 0; i < N; i++) {
             const wide l = v_max(lowest, v_min(highest, v_round(inverse * w_load(x + i * LANES))));
-            sum_xl     = sum_xl + w_load(weighted + i * LANES) * l;
-            sum_l2     = sum_l2 + w_load(weights + i * LANES) * l * l;
+            sum_xl       = sum_xl + w_load(weighted + i * LANES) * l;
+            sum_l2       = sum_l2 + w_load(weights + i * LANES) * l * l;
         }
     };
     wide sum_xl, sum_l2;
@@ -318,8 +318,8 @@ inline void fit_linear(const float * x, linear & out) {
         }
         sums(w_set1(-(32 + 0.1f * step)) / extreme, sum_xl, sum_l2);
         const wide_mask better = v_and(v_lt(zero, sum_l2), v_lt(best * sum_l2, sum_xl * sum_xl));
-        scale           = v_select(better, sum_xl / sum_l2, scale);
-        best            = v_select(better, scale * sum_xl, best);
+        scale                  = v_select(better, sum_xl / sum_l2, scale);
+        best                   = v_select(better, scale * sum_xl, best);
     }
     float size_at[LANES];
     w_store(size_at, size);
