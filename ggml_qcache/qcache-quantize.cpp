@@ -6,6 +6,7 @@
 
 #include <ggml.h>
 
+#include <array>
 #include <cstring>
 #include <initializer_list>
 
@@ -76,18 +77,16 @@ static bool gives_ggmls_bits(int32_t type, qcache_quantize_kernel kernel) {
 
 static qcache_quantize_kernel kernel_for(int32_t type) {
     static const auto found = [] {
-        struct {
-            qcache_quantize_kernel by_type[16] = {};
-        } kernels;
+        std::array<qcache_quantize_kernel, 16> kernels = {};
         for (const int32_t type : { QCACHE_QUANTIZED_Q8_0, QCACHE_QUANTIZED_Q4_K, QCACHE_QUANTIZED_Q5_K, QCACHE_QUANTIZED_Q6_K }) {
             qcache_quantize_kernel kernel;
             for (int i = 0; (kernel = qcache_quantize_kernel_by_index(i)) != nullptr && !gives_ggmls_bits(type, kernel); i++) {
             }
-            kernels.by_type[type] = kernel;
+            kernels[type] = kernel;
         }
         return kernels;
     }();
-    return type >= 0 && type < 16 ? found.by_type[type] : nullptr;
+    return type >= 0 && type < (int32_t) found.size() ? found[type] : nullptr;
 }
 
 enum qcache_status qcache_quantize(int32_t type, const float * values, void * blocks, int64_t n_values, size_t n_bytes) {

@@ -124,7 +124,7 @@ def test_the_converter_s_way(kind: T) -> None:
         assert np.array_equal(quantised(layout, kind).ravel(), by_ggml(np.ascontiguousarray(layout), kind))
 
 
-@pytest.mark.skipif(n_kernels() == 0, reason="no kernel for this CPU")
+@pytest.mark.skipif(n_kernels() < 2, reason="this CPU has no kernel")
 @pytest.mark.parametrize("kind", [T.Q4_K, T.Q5_K, T.Q6_K], ids=lambda kind: kind.name)
 def test_a_ggml_that_fuses_is_told_apart(kind: T) -> None:
     tells = [library().harness_quantize_probe_tells(ctypes.c_int32(kind), i) for i in range(17)]

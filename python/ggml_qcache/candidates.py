@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NoReturn
 
 import llama_cpp.llama_cpp as llama_c
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from llama_cpp import _internals as internals
 
 from . import native
-from .errors import InternalError, QCacheError
+from .errors import QCacheError
 
 # called from C, see per_token.h
 _APPLY, _ACCEPT = (
@@ -71,15 +71,11 @@ class Generation:
         state.ids = native.ffi.from_buffer("int32_t[]", ids, require_writable=True)
         self._kept = sampler, candidates, logits, ids
 
-    def error(self, code: int) -> QCacheError:
-        """The error of a negative result, to be asked for at once. With ``NOT_APPENDED`` the context is as it was."""
-        if code != NOT_APPENDED:
-            return _no_choice(code)
-        try:
+    def fail(self, code: int) -> NoReturn:
+        """Raises the error of a negative result, at once after it. With ``NOT_APPENDED`` the context is as it was."""
+        if code == NOT_APPENDED:
             native.check(self.state.status)
-        except QCacheError as error:
-            return error
-        return InternalError(f"code {code} without a failed status")
+        raise _no_choice(code)
 
 
 def _no_choice(code: int) -> QCacheError:

@@ -451,7 +451,7 @@ class Llama(base.Llama):
                 timings["decode_tokens"] += 1
                 timings["decode_ms"] += 1e3 * (clock() - started)
             if chosen < 0:
-                raise generation.error(chosen)
+                generation.fail(chosen)
             token = chosen
 
     def reset(self) -> None:

@@ -1,6 +1,7 @@
 // matmul_harness.cpp: products with packed weights (qcache-matmul.h) for tests/test_matmul.py
 
 #include "cpu/matmul-kernels.h"
+#include "harness_api.h"
 #include "qcache-matmul.h"
 
 #include <ggml-backend.h>
@@ -9,12 +10,6 @@
 
 #include <cstring>
 #include <vector>
-
-#ifdef _WIN32
-#    define HARNESS_API extern "C" __declspec(dllexport)
-#else
-#    define HARNESS_API extern "C" __attribute__((visibility("default")))
-#endif
 
 HARNESS_API const char * harness_matmul_kernel_name(int32_t i) {
     const qcache_matmul_kernel * kernel = qcache_matmul_kernel_by_index(i);

@@ -5,6 +5,7 @@
 // they have to write before they write it.
 
 #include "cpu/attn-scratch.h"
+#include "harness_api.h"
 #include "qcache-backend.h"
 #include "qcache-composed.h"
 #include "qcache-impl.h"
@@ -46,8 +47,6 @@ namespace width_16 {
 #define QV_WIDTH         16
 #include "attn-emulated.inl.h"
 } // namespace width_16
-
-#define HARNESS_API extern "C" __attribute__((visibility("default")))
 
 namespace {
 

@@ -1,6 +1,7 @@
 // quantize_harness.cpp: quantising (qcache-quantize.h) for tests/test_quantize.py: by the kernels of this CPU, the fastest first, and
 // by that of AVX-512 over plain arrays, so that its width is tested on every x86-64. Flags: -ffp-contract=off
 
+#include "harness_api.h"
 #include "qcache-quantize.h"
 
 #include <ggml.h>
@@ -56,12 +57,6 @@ inline float    f32_of(uint16_t h) { return ggml_fp16_to_fp32(h); }
 
 #include "cpu/quantize-simd.inl.h"
 
-#ifdef _WIN32
-#    define HARNESS_API extern "C" __declspec(dllexport)
-#else
-#    define HARNESS_API extern "C" __attribute__((visibility("default")))
-#endif
-
 static int64_t n_left_to_ggml;
 
 static void by_ggml(int32_t type, const float * src, uint8_t * dst) {
@@ -93,7 +88,7 @@ HARNESS_API int32_t harness_quantize(int32_t i_kernel, int32_t type, const float
 #if defined(__x86_64__)
 void quantize_fused(int32_t type, const float * src, uint8_t * dst, int64_t n_blocks, qcache_quantize_superblock other);
 
-// whether fused operations change the bits of these 256 values
+// whether fused operations change the bits of these 256 values: how the probes were found, seed by seed
 HARNESS_API int32_t harness_quantize_tells(int32_t type, const float * values) {
     uint8_t plain[256], fused[256];
     std::memset(plain, 0, sizeof(plain));

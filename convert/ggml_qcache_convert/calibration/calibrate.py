@@ -11,6 +11,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from ..errors import ConversionError
+from ..halves import from_float32, to_float32
 from ..lazy_keys import MODES
 from ..lazy_layers import NO_ATTENTION, dropped_of, lazy_of, leaders_of
 from .attention import js_divergence, length_keeping, log_softmax, sharing_errors, softmax
@@ -253,7 +254,7 @@ def measure_samples(
 
     def projection(layer: int) -> tuple[Any, Any]:
         packed, scale, bias = projections[layer]
-        return packed.astype(np.float32) * scale, bias
+        return to_float32(packed, "F16") * scale, bias
 
     for sample in tqdm(made, total=n_samples, desc="calibrating", unit="sample", disable=not progress):
         looked = look(context, sample)
@@ -282,7 +283,7 @@ def measure_samples(
 def _packed(matrix: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float16], np.float32]:
     """A matrix as f16 and what to multiply it by: those of all layers of a 7B model take 130 MB, not 270."""
     scale = np.maximum(np.abs(matrix).max(), np.finfo(np.float32).tiny)
-    return (matrix / scale).astype(np.float16), scale
+    return from_float32(matrix / scale, "F16"), scale
 
 
 def calibrate(
