@@ -23,6 +23,21 @@ struct qg_cuda_thread {
 
     template <typename V> __device__ __forceinline__ V shuffle_xor(V value, int mask) const { return __shfl_xor_sync(~0u, value, mask); }
 
+    // m[4] = the 8 x 8 matrices of f16 of a tile of 16 x 16 in shared memory, in the order of qg_row_of_matrices; a lane gets
+    // elements 2 (lane % 4) + { 0, 1 } of row lane / 4, of the transposed of that column
+    __device__ __forceinline__ void load_matrices(uint32_t * m, const uint16_t * tile, int stride, bool down) const {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                     : "r"(row_of_matrices(tile, stride, down))
+                     : "memory");
+    }
+    __device__ __forceinline__ void load_matrices_transposed(uint32_t * m, const uint16_t * tile, int stride, bool down) const {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                     : "r"(row_of_matrices(tile, stride, down))
+                     : "memory");
+    }
+
     // d += A B, m16n8k16; Turing knows half of the depth at once
     __device__ __forceinline__ void mma(float * d, const uint32_t * a, const uint32_t * b) const {
 #if __CUDA_ARCH__ >= 800
@@ -37,9 +52,16 @@ struct qg_cuda_thread {
         }
 #endif
     }
+
+  private:
+    // address in shared memory of the row that this lane names: lanes 8 i to 8 i + 7 have those of matrix i
+    __device__ __forceinline__ uint32_t row_of_matrices(const uint16_t * tile, int stride, bool down) const {
+        return (uint32_t) __cvta_generic_to_shared(tile + qg_row_of_matrices(lane(), stride, down));
+    }
 };
 
-template <class KERNEL> __global__ void __launch_bounds__(QG_THREADS) qg_cuda_kernel(const __grid_constant__ typename KERNEL::args args) {
+template <class KERNEL>
+__global__ void __launch_bounds__(QG_THREADS, KERNEL::per_processor) qg_cuda_kernel(const __grid_constant__ typename KERNEL::args args) {
     qg_cuda_thread thread;
     KERNEL::run(thread, args);
 }

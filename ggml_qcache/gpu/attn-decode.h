@@ -75,11 +75,14 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
     }
     int loaded = -1; // which of own (0) and leader's (1) is in q
 
+    qg_block next = blocks[qg_min(ib_first, row.n_blocks - 1)];
     for (int ib = ib_first; ib < ib_end; ib++) {
-        const qg_block block = blocks[ib];
+        const qg_block block = next;
+        next                 = blocks[qg_min(ib + 1, row.n_blocks - 1)]; // its place is known before its turn comes
         const int      n     = qg_min(block.n, row.pos - block.first + 1);
         const int      leads = p.q_leads[row.modality][block.modality];
         const bool     reads = qg_score_op(p) == 2 && leads;
+        const bool     skips = reads && p.v_limits != 0;
         const bool     bias  = p.vis_bias != 0 && row.modality == 0 && block.modality == 1;
         const uint64_t first = (uint64_t) kv_head * p.n_block_tokens;
 
@@ -101,54 +104,64 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
             loaded = leads;
         }
         for (int base = 0; base < n; base += TOKENS * n_slots) {
-            float s[TOKENS][G], x[TOKENS][8];
-            if (reads) {
-                QG_UNROLL
-                for (int u = 0; u < TOKENS; u++) {
-                    const int token = base + u * n_slots + slot;
-                    QG_UNROLL
-                    for (int g = 0; g < G; g++) {
-                        s[u][g] = token < n && g < n_heads ? scores[g * block.n + token] : -INFINITY;
+            // All that this turn reads is asked for before anything waits: loads in flight are what the memory's speed takes.
+            float   s[TOKENS][G];
+            qg_raw8 raw_k[TOKENS], raw_v[TOKENS];
+            QG_UNROLL
+            for (int u = 0; u < TOKENS; u++) {
+                const int token = base + u * n_slots + slot;
+                qg_zero8(raw_k[u]);
+                qg_zero8(raw_v[u]); // what lies past the tokens is not V: 0 times NaN would be NaN
+                if (token < n && active) {
+                    if (!reads) {
+                        qg_load8(type_k, k + token * p.k_row_bytes, chunk, raw_k[u]);
                     }
-                }
-            } else {
-                QG_UNROLL
-                for (int u = 0; u < TOKENS; u++) {
-                    const int token = base + u * n_slots + slot;
-                    if (token < n && active) {
-                        qg_load8(type_k, k + (uint64_t) token * p.k_row_bytes, chunk, x[u]);
-                    } else {
-                        QG_UNROLL
-                        for (int i = 0; i < 8; i++) {
-                            x[u][i] = 0.0f;
-                        }
+                    if (!skips) {
+                        qg_load8(type_v, v + token * p.v_row_bytes, chunk, raw_v[u]);
                     }
                 }
                 QG_UNROLL
+                for (int g = 0; g < G; g++) {
+                    s[u][g] = reads && token < n && g < n_heads ? scores[g * block.n + token] : -INFINITY;
+                }
+            }
+            if (!reads) {
+                QG_UNROLL
                 for (int u = 0; u < TOKENS; u++) {
-                    const int token = base + u * n_slots + slot;
+                    float       x[8];
+                    const float scale = p.scale * qg_unpack8(type_k, raw_k[u], chunk, x);
                     QG_UNROLL
                     for (int g = 0; g < G; g++) {
                         float dot = 0.0f;
                         QG_UNROLL
                         for (int i = 0; i < 8; i++) {
-                            dot += q[g][i] * x[u][i];
+                            dot += q[g][i] * x[i];
                         }
-                        for (int step = width / 2; step > 0; step /= 2) {
-                            dot += t.shuffle_xor(dot, step);
+                        s[u][g] = dot * scale;
+                    }
+                }
+                for (int step = width / 2; step > 0; step /= 2) {
+                    QG_UNROLL
+                    for (int u = 0; u < TOKENS; u++) {
+                        QG_UNROLL
+                        for (int g = 0; g < G; g++) {
+                            s[u][g] += t.shuffle_xor(s[u][g], step);
                         }
-                        s[u][g] = token < n ? qg_clamp(dot * p.scale) : -INFINITY;
+                    }
+                }
+                QG_UNROLL
+                for (int u = 0; u < TOKENS; u++) {
+                    const int token = base + u * n_slots + slot;
+                    QG_UNROLL
+                    for (int g = 0; g < G; g++) {
+                        s[u][g] = token < n ? qg_clamp(s[u][g]) : -INFINITY;
                         if (qg_score_op(p) == 1 && chunk == 0 && token < n && g < n_heads) {
                             scores[g * block.n + token] = s[u][g];
                         }
                     }
                 }
             }
-            if (base + slot >= n) {
-                continue; // nothing for this slot; no exchange between lanes follows in this turn
-            }
-            const bool skips = reads && p.v_limits != 0;
-            int        kept  = skips ? 0 : ~0; // bit u: some head wants V of that token
+            int kept = 0; // bit u: some head wants V of that token
             QG_UNROLL
             for (int g = 0; g < G; g++) {
                 float highest = max[g];
@@ -172,31 +185,32 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
                         acc[g][i] *= scale;
                     }
                 }
+                const float from = qg_finite_max(max[g]);
                 QG_UNROLL
                 for (int u = 0; u < TOKENS; u++) {
-                    s[u][g] = s[u][g] == -INFINITY ? 0.0f : qg_exp(s[u][g] - max[g]); // from here on the probability
+                    s[u][g] = qg_exp(s[u][g] - from); // from here on the probability
                     sum[g] += s[u][g];
                 }
             }
-            QG_UNROLL
-            for (int u = 0; u < TOKENS; u++) {
-                const int token = base + u * n_slots + slot;
-                if (token < n && active && (kept >> u & 1)) {
-                    qg_load8(type_v, v + (uint64_t) token * p.v_row_bytes, chunk, x[u]);
-                } else {
-                    QG_UNROLL
-                    for (int i = 0; i < 8; i++) {
-                        x[u][i] = 0.0f; // what lies there is not V: 0 times NaN would be NaN
+            if (skips) {
+                QG_UNROLL
+                for (int u = 0; u < TOKENS; u++) {
+                    const int token = base + u * n_slots + slot;
+                    if (token < n && active && (kept >> u & 1)) {
+                        qg_load8(type_v, v + token * p.v_row_bytes, chunk, raw_v[u]);
                     }
                 }
             }
             QG_UNROLL
             for (int u = 0; u < TOKENS; u++) {
+                float       x[8];
+                const float scale = qg_unpack8(type_v, raw_v[u], chunk, x);
                 QG_UNROLL
                 for (int g = 0; g < G; g++) {
+                    const float weight = s[u][g] * scale;
                     QG_UNROLL
                     for (int i = 0; i < 8; i++) {
-                        acc[g][i] += s[u][g] * x[u][i];
+                        acc[g][i] += weight * x[i];
                     }
                 }
             }

@@ -1,9 +1,10 @@
 // attn-prefill.h: lazy attention of many query rows on matrix units
 //
 // A thread block has one query head and a tile of up to 64 rows of one sequence and modality; each of its four warps has
-// 16 of them. Q, a tile of K and a transposed tile of V lie in shared memory as f16; products are m16n8k16 with f32
-// sums; the softmax is online, in the registers that hold the products. Where the source of Q changes with the modality
-// of the keys (visual mode), the tile of Q is loaded again: blocks come in runs, so that is rare.
+// 16 of them. Q and a tile each of K and V lie in shared memory as f16; products are m16n8k16 with f32 sums; the softmax is
+// online, in the registers that hold the products. A tile of V is on its way from memory while logits are worked out, the next
+// one of K while V is added up. Where the source of Q changes with the modality of the keys (visual mode), the tile of Q is loaded again: blocks
+// come in runs, so that is rare.
 //
 // Registers of a product, lane l of its warp: A holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) + { 0, 1, 8, 9 }; B
 // holds column l / 4, the same four rows; the sum holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) + { 0, 1 }.
@@ -18,16 +19,24 @@ constexpr int QG_TILE_ROWS = 64; // query rows of a tile
 
 QG_BOTH constexpr int qg_prefill_keys(int dim) { return dim > 128 ? 16 : 32; } // of a tile of K and V
 
-// The rows are 8 halves longer than they need be, so that no two lanes of a fragment meet in a bank.
-QG_BOTH constexpr int qg_prefill_shared(int dim) {
-    return 2 * ((QG_TILE_ROWS + qg_prefill_keys(dim)) * (dim + 8) + dim * (qg_prefill_keys(dim) + 8));
-}
+// The rows are 8 halves longer than they need be, so that no two of a matrix's eight meet in a bank.
+QG_BOTH constexpr int qg_prefill_shared(int dim) { return 2 * (QG_TILE_ROWS + 2 * qg_prefill_keys(dim)) * (dim + 8); }
+
+// what one turn of the loop works on: some of a block's keys
+struct qg_key_tile {
+    int             ib = 0, base = 0; // block of the sequence, first token in it
+    int             n = 0;            // tokens from there on that the tile of rows may see
+    int             first = 0;        // position of the first one
+    int             modality = 0;
+    const uint8_t * k = nullptr, * v = nullptr; // of the first one
+};
 
 // DIM: head_dim rounded up to a multiple of 16 for which there is a kernel; what is over is zero
 template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_prefill(T & t, const qg_attn_args & p) {
     constexpr int KEYS   = qg_prefill_keys(DIM);
     constexpr int STRIDE = DIM + 8;
-    constexpr int V_STEP = KEYS + 8;
+    constexpr int CHUNKS = (KEYS * DIM / 8 + QG_THREADS - 1) / QG_THREADS; // of 8 elements of K or V that a thread brings in
+    constexpr bool EVEN  = CHUNKS * QG_THREADS * 8 == KEYS * DIM;          // every thread as many
 
     const qg_tile   tile      = ((const qg_tile *) p.tiles)[t.block_x()];
     const int32_t * tile_rows = (const int32_t *) p.tile_rows + tile.first;
@@ -39,7 +48,7 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_prefi
 
     uint16_t * shared_q = (uint16_t *) t.shared();          // [QG_TILE_ROWS][STRIDE]
     uint16_t * shared_k = shared_q + QG_TILE_ROWS * STRIDE; // [KEYS][STRIDE]
-    uint16_t * shared_v = shared_k + KEYS * STRIDE;         // [DIM][V_STEP]
+    uint16_t * shared_v = shared_k + KEYS * STRIDE;         // [KEYS][STRIDE]
 
     // what comes after may not be written yet
     const int n_seen = rows[tile_rows[tile.n - 1]].pos + 1;
@@ -58,90 +67,121 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_prefi
     }
     max[0] = max[1] = -INFINITY;
     sum[0] = sum[1] = 0.0f;
-    int loaded = -1;
 
-    for (int ib = 0; ib < tile.n_blocks; ib++) {
-        const qg_block  block = ((const qg_block *) p.blocks)[tile.first_block + ib];
-        const int       leads = p.q_leads[tile.modality][block.modality];
-        const int       n     = qg_min(block.n, n_seen - block.first);
-        const bool      bias  = p.vis_bias != 0 && tile.modality == 0 && block.modality == 1;
-        const float     delta = bias ? ((const float *) p.vis_bias)[head] : 0.0f;
-        const uint64_t  first = (uint64_t) kv_head * p.n_block_tokens;
-        const uint8_t * k     = (const uint8_t *) block.data + p.k_offset[tile.modality][block.modality] + first * p.k_row_bytes;
-        const uint8_t * v     = (const uint8_t *) block.data + p.v_offset[block.modality] + first * p.v_row_bytes;
-
+    const auto tile_at = [&](int ib, int base) {
+        qg_key_tile keys;
+        keys.ib = ib;
+        if (ib < tile.n_blocks) {
+            const qg_block block = ((const qg_block *) p.blocks)[tile.first_block + ib];
+            const uint64_t token = (uint64_t) kv_head * p.n_block_tokens + base;
+            keys.base            = base;
+            keys.n               = qg_min(block.n, n_seen - block.first) - base;
+            keys.first           = block.first + base;
+            keys.modality        = block.modality;
+            keys.k = (const uint8_t *) block.data + p.k_offset[tile.modality][block.modality] + token * p.k_row_bytes;
+            keys.v = (const uint8_t *) block.data + p.v_offset[block.modality] + token * p.v_row_bytes;
+        }
+        return keys;
+    };
+    // rows of a tile, from memory and, as f16, into shared memory
+    qg_raw8    raw[CHUNKS];
+    const auto bring = [&](int type, const uint8_t * from, int n, int row_bytes) {
+        QG_UNROLL
+        for (int i = 0; i < CHUNKS; i++) {
+            const int token = (t.index() + i * QG_THREADS) / (DIM / 8), chunk = (t.index() + i * QG_THREADS) % (DIM / 8);
+            qg_zero8(raw[i]);
+            if (token < n && (EVEN || token < KEYS) && 8 * chunk < p.head_dim) {
+                qg_load8(type, from + token * row_bytes, chunk, raw[i]);
+            }
+        }
+    };
+    const auto store = [&](int type, uint16_t * to) {
+        QG_UNROLL
+        for (int i = 0; i < CHUNKS; i++) {
+            const int token = (t.index() + i * QG_THREADS) / (DIM / 8), chunk = (t.index() + i * QG_THREADS) % (DIM / 8);
+            if (EVEN || token < KEYS) {
+                *(qg_u4 *) (to + token * STRIDE + 8 * chunk) = qg_halves8(type, raw[i], chunk);
+            }
+        }
+    };
+    int        loaded    = -1; // which of own (0) and leader's (1) is in shared_q
+    const auto store_q_k = [&](const qg_key_tile & keys) {
+        const int leads = p.q_leads[tile.modality][keys.modality];
         if (leads != loaded) {
-            t.sync(); // all have read the last tile of Q
-            for (int i = t.index(); i < QG_TILE_ROWS * DIM / 2; i += QG_THREADS) {
-                const int r = i / (DIM / 2), d = i % (DIM / 2) * 2;
-                float     a = 0.0f, b = 0.0f;
-                if (r < tile.n && d < p.head_dim) {
-                    const int     ir   = tile_rows[r];
-                    const float * from = leads ? (const float *) p.q_leader + ((uint64_t) ir * p.n_head + head) * p.head_dim
-                                               : (const float *) p.q_own + ((uint64_t) rows[ir].q_own * p.n_head + head) * p.head_dim;
-                    a = from[d] * p.scale;
-                    b = from[d + 1] * p.scale;
+            QG_NO_UNROLL // rare: not worth registers
+            for (int r = t.warp(); r < QG_TILE_ROWS; r += QG_THREADS / 32) {
+                const int     ir   = tile_rows[r < tile.n ? r : 0];
+                const float * from = leads ? (const float *) p.q_leader + ((uint64_t) ir * p.n_head + head) * p.head_dim
+                                           : (const float *) p.q_own + ((uint64_t) rows[ir].q_own * p.n_head + head) * p.head_dim;
+                for (int d = 2 * lane; d < DIM; d += 64) {
+                    const bool there = r < tile.n && d < p.head_dim;
+                    *(uint32_t *) (shared_q + r * STRIDE + d) = there ? qg_pair(from[d] * p.scale, from[d + 1] * p.scale) : 0;
                 }
-                *(uint32_t *) (shared_q + r * STRIDE + d) = qg_pair(a, b);
             }
             loaded = leads;
         }
-        for (int base = 0; base < n; base += KEYS) {
-            t.sync(); // all have read the last tiles of K and V
-            for (int i = t.index(); i < KEYS * DIM / 8; i += QG_THREADS) {
-                const int token = i / (DIM / 8), chunk = i % (DIM / 8);
-                float     x[8] = {};
-                if (base + token < n && 8 * chunk < p.head_dim) {
-                    qg_load8(TYPE_K, k + (uint64_t) (base + token) * p.k_row_bytes, chunk, x);
-                }
-                *(qg_u4 *) (shared_k + token * STRIDE + 8 * chunk) = qg_eight(x);
-            }
-            for (int i = t.index(); i < KEYS * DIM / 8; i += QG_THREADS) {
-                const int token = i % KEYS, chunk = i / KEYS;
-                float     x[8] = {};
-                if (base + token < n && 8 * chunk < p.head_dim) {
-                    qg_load8(TYPE_V, v + (uint64_t) (base + token) * p.v_row_bytes, chunk, x);
-                }
-                QG_UNROLL
-                for (int e = 0; e < 8; e++) {
-                    shared_v[(8 * chunk + e) * V_STEP + token] = qg_to_half(x[e]);
-                }
-            }
-            t.sync();
+        store(TYPE_K, shared_k);
+    };
 
-            float s[KEYS / 8][4];
+    qg_key_tile keys = tile_at(0, 0);
+    bring(TYPE_K, keys.k, keys.n, p.k_row_bytes);
+    store_q_k(keys);
+    t.sync();
+    while (keys.ib < tile.n_blocks) {
+        const qg_key_tile now = keys;
+        bring(TYPE_V, now.v, now.n, p.v_row_bytes); // on its way while the logits are worked out
+
+        float s[KEYS / 8][4];
+        QG_UNROLL
+        for (int j = 0; j < KEYS / 8; j++) {
+            s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
+        }
+        QG_UNROLL
+        for (int d = 0; d < DIM; d += 16) {
+            uint32_t a[4];
+            t.load_matrices(a, shared_q + in_warp * STRIDE + d, STRIDE, true);
+            QG_UNROLL
+            for (int j = 0; j < KEYS / 8; j += 2) {
+                uint32_t m[4];
+                t.load_matrices(m, shared_k + 8 * j * STRIDE + d, STRIDE, false);
+                t.mma(s[j], a, m);
+                t.mma(s[j + 1], a, m + 2);
+            }
+        }
+        QG_UNROLL
+        for (int j = 0; j < KEYS / 8; j++) {
+            QG_UNROLL
+            for (int e = 0; e < 4; e++) {
+                s[j][e] = qg_clamp(s[j][e]);
+            }
+        }
+        if (p.vis_bias != 0 && tile.modality == 0 && now.modality == 1) {
+            const float delta = ((const float *) p.vis_bias)[head];
             QG_UNROLL
             for (int j = 0; j < KEYS / 8; j++) {
-                s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
-            }
-            QG_UNROLL
-            for (int d = 0; d < DIM; d += 16) {
-                const uint16_t * at = shared_q + (in_warp + lane / 4) * STRIDE + d + lane % 4 * 2;
-                const uint32_t   a[4] = { *(const uint32_t *) at, *(const uint32_t *) (at + 8 * STRIDE), *(const uint32_t *) (at + 8),
-                                          *(const uint32_t *) (at + 8 * STRIDE + 8) };
                 QG_UNROLL
-                for (int j = 0; j < KEYS / 8; j++) {
-                    const uint16_t * column = shared_k + (8 * j + lane / 4) * STRIDE + d + lane % 4 * 2;
-                    const uint32_t   b[2]   = { *(const uint32_t *) column, *(const uint32_t *) (column + 8) };
-                    t.mma(s[j], a, b);
+                for (int e = 0; e < 4; e++) {
+                    s[j][e] = qg_clamp(s[j][e] + delta);
                 }
             }
+        }
+        QG_UNROLL
+        for (int r = 0; r < 2; r++) {
+            const int n_visible = qg_min(now.n, pos[r] + 1 - now.first) - lane % 4 * 2; // to this lane
+            float     highest   = max[r];
             QG_UNROLL
-            for (int r = 0; r < 2; r++) {
-                float highest = max[r];
+            for (int j = 0; j < KEYS / 8; j++) {
                 QG_UNROLL
-                for (int j = 0; j < KEYS / 8; j++) {
-                    QG_UNROLL
-                    for (int e = 0; e < 2; e++) {
-                        const int token = base + 8 * j + lane % 4 * 2 + e;
-                        float &   x     = s[j][2 * r + e];
-                        x = token < n && block.first + token <= pos[r] ? qg_clamp(qg_clamp(x) + delta) : -INFINITY;
-                        highest = qg_max(x, highest);
-                    }
+                for (int e = 0; e < 2; e++) {
+                    float & x = s[j][2 * r + e];
+                    x         = 8 * j + e < n_visible ? x : -INFINITY;
+                    highest   = qg_max(x, highest);
                 }
-                highest           = qg_max(t.shuffle_xor(highest, 1), highest); // the four lanes of a row
-                highest           = qg_max(t.shuffle_xor(highest, 2), highest);
-                const float scale = max[r] == -INFINITY ? 0.0f : qg_exp(max[r] - highest);
+            }
+            highest = qg_max(t.shuffle_xor(highest, 1), highest); // the four lanes of a row
+            highest = qg_max(t.shuffle_xor(highest, 2), highest);
+            if (highest > max[r]) {
+                const float scale = qg_exp(max[r] - highest);
                 max[r]            = highest;
                 sum[r] *= scale;
                 QG_UNROLL
@@ -149,28 +189,38 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_prefi
                     out[j][2 * r] *= scale;
                     out[j][2 * r + 1] *= scale;
                 }
-                QG_UNROLL
-                for (int j = 0; j < KEYS / 8; j++) {
-                    QG_UNROLL
-                    for (int e = 0; e < 2; e++) {
-                        float & x = s[j][2 * r + e];
-                        x = x == -INFINITY ? 0.0f : qg_exp(x - highest); // from here on the probability
-                        sum[r] += x;
-                    }
-                }
             }
+            const float from = qg_finite_max(highest);
             QG_UNROLL
-            for (int i = 0; i < KEYS / 16; i++) {
-                const uint32_t a[4] = { qg_pair(s[2 * i][0], s[2 * i][1]), qg_pair(s[2 * i][2], s[2 * i][3]),
-                                        qg_pair(s[2 * i + 1][0], s[2 * i + 1][1]), qg_pair(s[2 * i + 1][2], s[2 * i + 1][3]) };
+            for (int j = 0; j < KEYS / 8; j++) {
                 QG_UNROLL
-                for (int j = 0; j < DIM / 8; j++) {
-                    const uint16_t * column = shared_v + (8 * j + lane / 4) * V_STEP + 16 * i + lane % 4 * 2;
-                    const uint32_t   b[2]   = { *(const uint32_t *) column, *(const uint32_t *) (column + 8) };
-                    t.mma(out[j], a, b);
+                for (int e = 0; e < 2; e++) {
+                    float & x = s[j][2 * r + e];
+                    x         = qg_exp(x - from); // from here on the probability
+                    sum[r] += x;
                 }
             }
         }
+        store(TYPE_V, shared_v);
+        keys = now.n > KEYS ? tile_at(now.ib, now.base + KEYS) : tile_at(now.ib + 1, 0);
+        bring(TYPE_K, keys.k, keys.n, p.k_row_bytes); // on its way while V is added up
+        t.sync();                                     // V is there, and all have read Q and K
+        QG_UNROLL
+        for (int i = 0; i < KEYS / 16; i++) {
+            const uint32_t a[4] = { qg_pair(s[2 * i][0], s[2 * i][1]), qg_pair(s[2 * i][2], s[2 * i][3]),
+                                    qg_pair(s[2 * i + 1][0], s[2 * i + 1][1]), qg_pair(s[2 * i + 1][2], s[2 * i + 1][3]) };
+            QG_UNROLL
+            for (int j = 0; j < DIM / 8; j += 2) {
+                uint32_t m[4]; // transposed: a product adds up along a register, and that is along the tokens
+                t.load_matrices_transposed(m, shared_v + 16 * i * STRIDE + 8 * j, STRIDE, true);
+                t.mma(out[j], a, m);
+                t.mma(out[j + 1], a, m + 2);
+            }
+        }
+        if (keys.ib < tile.n_blocks) {
+            store_q_k(keys);
+        }
+        t.sync(); // K is there, and all have read V
     }
     QG_UNROLL
     for (int r = 0; r < 2; r++) {
@@ -179,13 +229,14 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_prefi
         if (pos[r] < 0) {
             continue;
         }
+        const float share = total == 0.0f ? 0.0f : 1.0f / total;
         float * to = (float *) p.dst + ((uint64_t) tile_rows[in_warp + lane / 4 + 8 * r] * p.n_head + head) * p.head_dim;
         QG_UNROLL
         for (int j = 0; j < DIM / 8; j++) {
             const int d = 8 * j + lane % 4 * 2;
             if (d < p.head_dim) {
-                to[d]     = total == 0.0f ? 0.0f : out[j][2 * r] / total;
-                to[d + 1] = total == 0.0f ? 0.0f : out[j][2 * r + 1] / total;
+                to[d]     = out[j][2 * r] * share;
+                to[d + 1] = out[j][2 * r + 1] * share;
             }
         }
     }

@@ -1,4 +1,7 @@
 // kernels.h: every kernel there is, by the launch that asks for it
+//
+// per_processor: thread blocks that a multiprocessor is to hold at once, which is how few registers the compiler has to make
+// do with: loads in flight hide the memory's latency, and spills cost more than they bring.
 
 #pragma once
 
@@ -9,26 +12,40 @@
 #include "v-skip.h"
 
 struct qg_append_kernel {
+    static constexpr int per_processor = 1;
+
     using args = qg_append_args;
     template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_append(t, a, a.type_k, a.type_v); }
 };
 
 struct qg_merge_kernel {
+    static constexpr int per_processor = 1;
+
     using args = qg_attn_args;
     template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_attn_merge(t, a); }
 };
 
 struct qg_v_limits_kernel {
+    static constexpr int per_processor = 1;
+
     using args = qg_attn_args;
     template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_v_limits(t, a); }
 };
 
 template <int G, int TYPE_K, int TYPE_V> struct qg_decode_kernel {
+    static constexpr int per_processor = G <= 2 ? 4 : 1;
+
     using args = qg_attn_args;
     template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_attn_decode<G>(t, a, TYPE_K, TYPE_V); }
 };
 
 template <int DIM, int TYPE_K, int TYPE_V> struct qg_prefill_kernel {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    static constexpr int per_processor = 1; // there is no shared memory for more
+#else
+    static constexpr int per_processor = DIM <= 128 ? 3 : 1;
+#endif
+
     using args = qg_attn_args;
     template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_attn_prefill<DIM, TYPE_K, TYPE_V>(t, a); }
 };

@@ -12,35 +12,83 @@ QG_DEVICE uint64_t qg_score_index(QG_CONSTANT const qg_attn_args & p, int row, i
     return ((uint64_t) row * p.n_score_keys + block.first) * p.n_head + (uint64_t) head * block.n;
 }
 
-// x[8] = elements 8 chunk .. 8 chunk + 7 of a row
-QG_DEVICE void qg_load8(int type, QG_GLOBAL const uint8_t * row, int chunk, QG_LOCAL float * x) {
+// Eight elements of a row as they lie in memory, so that many loads are under way before the first is waited for. Of f16
+// four words; of a quantised type halves of words, the scale last.
+struct qg_raw8 {
+    uint32_t words[5];
+};
+
+// elements 8 chunk .. 8 chunk + 7 of a row
+QG_DEVICE void qg_load8(int type, QG_GLOBAL const uint8_t * row, int chunk, QG_LOCAL qg_raw8 & raw) {
     if (type == QG_F16) {
-        const qg_u4 v = *(QG_GLOBAL const qg_u4 *) (row + 16 * chunk);
-        qg_halves(v.x, x[0], x[1]);
-        qg_halves(v.y, x[2], x[3]);
-        qg_halves(v.z, x[4], x[5]);
-        qg_halves(v.w, x[6], x[7]);
-    } else if (type == QG_Q8_0) {
-        QG_GLOBAL const uint16_t * group = (QG_GLOBAL const uint16_t *) (row + 34 * (chunk / 4));
-        const float                scale = qg_from_half(group[0]);
+        const qg_u4 v = qg_read16((QG_GLOBAL const qg_u4 *) (row + 16 * chunk));
+        raw.words[0]  = v.x;
+        raw.words[1]  = v.y;
+        raw.words[2]  = v.z;
+        raw.words[3]  = v.w;
+        return;
+    }
+    const int                  group_bytes = type == QG_Q8_0 ? 34 : 18;
+    const int                  first       = type == QG_Q8_0 ? 4 * (chunk % 4) : 4 * (chunk % 2); // half of a word in the group
+    QG_GLOBAL const uint16_t * group       = (QG_GLOBAL const uint16_t *) (row + group_bytes * (chunk / 4));
+    raw.words[4]                           = qg_read2(group);
+    QG_UNROLL
+    for (int i = 0; i < 4; i++) {
+        raw.words[i] = qg_read2(group + 1 + first + i);
+    }
+}
+
+QG_DEVICE void qg_zero8(QG_LOCAL qg_raw8 & raw) {
+    QG_UNROLL
+    for (int i = 0; i < 5; i++) {
+        raw.words[i] = 0;
+    }
+}
+
+// Gives x[8], to be multiplied by what is returned.
+QG_DEVICE float qg_unpack8(int type, QG_LOCAL const qg_raw8 & raw, int chunk, QG_LOCAL float * x) {
+    if (type == QG_F16) {
         QG_UNROLL
         for (int i = 0; i < 4; i++) {
-            const uint16_t two = group[1 + 4 * (chunk % 4) + i];
-            x[2 * i]           = scale * (float) (int8_t) (two & 255);
-            x[2 * i + 1]       = scale * (float) (int8_t) (two >> 8);
+            qg_halves(raw.words[i], x[2 * i], x[2 * i + 1]);
+        }
+        return 1.0f;
+    }
+    if (type == QG_Q8_0) {
+        QG_UNROLL
+        for (int i = 0; i < 4; i++) {
+            x[2 * i]     = (float) (int8_t) (raw.words[i] & 255);
+            x[2 * i + 1] = (float) (int8_t) (raw.words[i] >> 8 & 255);
         }
     } else {
-        // byte j holds elements j (low half) and j + 16
-        QG_GLOBAL const uint16_t * group = (QG_GLOBAL const uint16_t *) (row + 18 * (chunk / 4));
-        const float                scale = qg_from_half(group[0]);
-        const int                  shift = chunk % 4 >= 2 ? 4 : 0;
+        const int shift = chunk % 4 >= 2 ? 4 : 0; // byte j holds elements j (low half) and j + 16
         QG_UNROLL
         for (int i = 0; i < 4; i++) {
-            const int two = group[1 + 4 * (chunk % 2) + i] >> shift;
-            x[2 * i]      = scale * (float) ((two & 15) - 8);
-            x[2 * i + 1]  = scale * (float) ((two >> 8 & 15) - 8);
+            const uint32_t two = raw.words[i] >> shift;
+            x[2 * i]           = (float) ((int) (two & 15) - 8);
+            x[2 * i + 1]       = (float) ((int) (two >> 8 & 15) - 8);
         }
     }
+    return qg_from_half((uint16_t) raw.words[4]);
+}
+
+// the same as f16; quantised elements are rounded to it
+QG_DEVICE qg_u4 qg_halves8(int type, QG_LOCAL const qg_raw8 & raw, int chunk) {
+    if (type == QG_F16) {
+        qg_u4 eight;
+        eight.x = raw.words[0];
+        eight.y = raw.words[1];
+        eight.z = raw.words[2];
+        eight.w = raw.words[3];
+        return eight;
+    }
+    float       x[8];
+    const float scale = qg_unpack8(type, raw, chunk, x);
+    QG_UNROLL
+    for (int i = 0; i < 8; i++) {
+        x[i] *= scale;
+    }
+    return qg_eight(x);
 }
 
 // Writes a group of 32 elements (fewer at the end of an f16 row) with the 32 lanes of a warp: lane i has element i.

@@ -14,6 +14,7 @@
 #    define QG_DEVICE   __device__ __forceinline__
 #    define QG_BOTH     __host__ __device__ // of the launch too
 #    define QG_UNROLL   _Pragma("unroll")
+#    define QG_NO_UNROLL _Pragma("unroll 1")
 #    define QG_GLOBAL                       // address spaces: memory of the device
 #    define QG_SHARED                       // of the thread block
 #    define QG_CONSTANT                     // arguments
@@ -34,6 +35,7 @@ using namespace metal;
 #    define QG_DEVICE   inline
 #    define QG_BOTH
 #    define QG_UNROLL
+#    define QG_NO_UNROLL
 #    define QG_GLOBAL
 #    define QG_SHARED
 #    define QG_CONSTANT
@@ -52,16 +54,30 @@ struct alignas(16) qg_u4 {
 
 QG_DEVICE float    qg_from_half(uint16_t h) { return __half2float(__ushort_as_half(h)); }
 QG_DEVICE uint16_t qg_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
-QG_DEVICE float    qg_exp(float x) { return __expf(x); }
 QG_DEVICE float    qg_log(float x) { return __logf(x); }
 QG_DEVICE float    qg_round(float x) { return roundf(x); }
 QG_DEVICE float    qg_mul_add(float x, float y, float z) { return __fadd_rn(__fmul_rn(x, y), z); } // rounded twice
+
+// results too small for a normal number become 0
+QG_DEVICE float qg_exp(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.442695041f));
+    return y;
+}
 
 QG_DEVICE void qg_halves(uint32_t pair, float & a, float & b) {
     const float2 f = __half22float2(*(const __half2 *) &pair);
     a = f.x;
     b = f.y;
 }
+
+// of K and V, which no kernel writes while another reads them
+QG_DEVICE qg_u4 qg_read16(const qg_u4 * from) {
+    const uint4 v = __ldg((const uint4 *) from);
+    return { v.x, v.y, v.z, v.w };
+}
+
+QG_DEVICE uint32_t qg_read2(const uint16_t * from) { return __ldg(from); }
 
 #elif defined(__METAL_VERSION__)
 
@@ -142,11 +158,32 @@ QG_DEVICE void qg_halves(uint32_t pair, float & a, float & b) {
 
 #endif
 
-QG_DEVICE float qg_max(float a, float b) { return a > b ? a : b; }
-QG_DEVICE int   qg_min(int a, int b) { return a < b ? a : b; }
+#if !defined(__CUDACC__)
+QG_DEVICE qg_u4    qg_read16(QG_GLOBAL const qg_u4 * from) { return *from; }
+QG_DEVICE uint32_t qg_read2(QG_GLOBAL const uint16_t * from) { return *from; }
+#endif
 
-// Finite, so that the softmax of any finite input is one; NaN stays NaN.
+QG_DEVICE int qg_min(int a, int b) { return a < b ? a : b; }
+
+// qg_clamp: finite, so that the softmax of any finite input is one; NaN stays NaN
+#if defined(__CUDACC__)
+QG_DEVICE float qg_max(float a, float b) { return fmaxf(a, b); }
+
+QG_DEVICE float qg_clamp(float x) {
+#    if __CUDA_ARCH__ >= 800
+    asm("{ min.NaN.f32 %0, %0, 0f7F7FFFFF; max.NaN.f32 %0, %0, 0fFF7FFFFF; }" : "+f"(x));
+    return x;
+#    else
+    return x > 3.402823466e+38f ? 3.402823466e+38f : x < -3.402823466e+38f ? -3.402823466e+38f : x;
+#    endif
+}
+#else
+QG_DEVICE float qg_max(float a, float b) { return a > b ? a : b; }
 QG_DEVICE float qg_clamp(float x) { return x > 3.402823466e+38f ? 3.402823466e+38f : x < -3.402823466e+38f ? -3.402823466e+38f : x; }
+#endif
+
+// what exponentials are taken relative to: -inf, of no keys, would give NaN
+QG_DEVICE float qg_finite_max(float max) { return max == -INFINITY ? 0.0f : max; }
 
 QG_DEVICE uint32_t qg_pair(float a, float b) { return (uint32_t) qg_to_half(a) | (uint32_t) qg_to_half(b) << 16; }
 
@@ -161,6 +198,13 @@ QG_DEVICE qg_u4 qg_eight(QG_LOCAL const float * x) {
 }
 
 #if !defined(__METAL_VERSION__)
+// Where in a tile of 16 x 16 the row begins that a lane names when it loads the tile's four 8 x 8 matrices: down, those on the
+// left come first, else the upper ones.
+QG_DEVICE int qg_row_of_matrices(int lane, int stride, bool down) {
+    const int second = lane / 8 % 2, pair = lane / 16; // in its pair; which pair
+    return (lane % 8 + 8 * (down ? second : pair)) * stride + 8 * (down ? pair : second);
+}
+
 template <class A> QG_DEVICE int qg_head_dim(const A & p) { return p.head_dim; }
 QG_DEVICE int qg_score_op(const qg_attn_args & p) { return p.score_op; }
 #endif

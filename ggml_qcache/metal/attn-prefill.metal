@@ -24,13 +24,9 @@ inline void qg_metal_stage(thread qg_metal_thread & t, int type, device const ui
         qg_u4     eight = qg_u4(0);
         if (token < n && 8 * chunk < head_dim) {
             device const uint8_t * row = from + (uint64_t) token * row_bytes;
-            if (type == QG_F16) {
-                eight = *(device const qg_u4 *) (row + 16 * chunk);
-            } else {
-                float x[8];
-                qg_load8(type, row, chunk, x);
-                eight = qg_eight(x);
-            }
+            qg_raw8                raw;
+            qg_load8(type, row, chunk, raw);
+            eight = qg_halves8(type, raw, chunk);
         }
         *(threadgroup qg_u4 *) (to + token * qg_metal_prefill_stride(DIM) + 8 * chunk) = eight;
     }

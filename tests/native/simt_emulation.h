@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace simt {
@@ -32,10 +34,16 @@ class thread_view {
 
     template <typename V> V shuffle_xor(V value, int mask);
 
+    // m = the four 8 x 8 matrices of a tile of 16 x 16; lane 8 i + j names row j of matrix i, as in the PTX manual (ldmatrix)
+    void load_matrices(uint32_t * m, const uint16_t * tile, int stride, bool down) { load(m, tile, stride, down, false); }
+    void load_matrices_transposed(uint32_t * m, const uint16_t * tile, int stride, bool down) { load(m, tile, stride, down, true); }
+
     // d += A B, m16n8k16; the places of the elements in the lanes' registers are those of the PTX manual
     void mma(float * d, const uint32_t * a, const uint32_t * b);
 
   private:
+    void load(uint32_t * m, const uint16_t * tile, int stride, bool down, bool transposed);
+
     block & b;
     int     id;
 };
@@ -87,6 +95,25 @@ template <typename V> V thread_view::shuffle_xor(V value, int mask) {
     const auto * warp = b.exchange(id, &word, 1);
     memcpy(&value, &warp[lane() ^ mask].words[0], sizeof(value));
     return value;
+}
+
+inline void thread_view::load(uint32_t * m, const uint16_t * tile, int stride, bool down, bool transposed) {
+    const uint16_t * own = tile + qg_row_of_matrices(lane(), stride, down);
+    if ((uintptr_t) own % 16 != 0) {
+        throw std::runtime_error("a row of a matrix begins at " + std::to_string((uintptr_t) own % 16) + " of 16 bytes");
+    }
+    uint32_t words[2];
+    memcpy(words, &own, sizeof(own));
+    const auto * warp = b.exchange(id, words, 2);
+    const auto   at   = [&](int matrix, int row, int column) {
+        const uint16_t * of_lane;
+        memcpy(&of_lane, warp[8 * matrix + row].words, sizeof(of_lane));
+        return (uint32_t) of_lane[column];
+    };
+    const int major = lane() / 4, minor = lane() % 4 * 2;
+    for (int i = 0; i < 4; i++) {
+        m[i] = transposed ? at(i, minor, major) | at(i, minor + 1, major) << 16 : at(i, major, minor) | at(i, major, minor + 1) << 16;
+    }
 }
 
 inline void thread_view::mma(float * d, const uint32_t * a, const uint32_t * b_words) {
