@@ -1,10 +1,11 @@
 # make demo: everything from a fresh clone to answers about images
-# make test: the test suite (also what CI runs)
+# make test: the test suite (also what CI runs), in WORKERS processes
 
-PYTHON ?= python3
-VENV   := .venv
-BIN    := $(VENV)/bin
-JOBS   := $(shell getconf _NPROCESSORS_ONLN)
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+JOBS    := $(shell getconf _NPROCESSORS_ONLN)
+WORKERS ?= 2
 
 SOURCES := $(shell find ggml_qcache python convert -type f -not -path '*/__pycache__/*') CMakeLists.txt pyproject.toml README.md LICENSE
 
@@ -15,7 +16,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test native-tests
 	ctest --test-dir build/tests --output-on-failure
-	QCACHE_TEST_BUILD=build/tests $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 QCACHE_TEST_BUILD=build/tests $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # the suites that take minutes each
 test-slow: $(VENV)/.installed-test native-tests

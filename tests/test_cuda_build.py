@@ -35,7 +35,7 @@ def check_kernels(arch: str, folder: Path) -> None:
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
     print(arch, "registers", registers, "spills", spills)
-    assert len(spills) == len(registers) == 7
+    assert len(spills) == len(registers) == 9
     assert all(sum(map(int, of_kernel)) <= 64 for of_kernel in spills)
 
 
@@ -55,6 +55,6 @@ def test_kernels_of_every_architecture(tmp_path: Path, arch: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["attn-decode", "attn-prefill"])
+@pytest.mark.parametrize("name", ["attn-decode", "attn-decode-group", "attn-prefill"])
 def test_every_kernel(tmp_path: Path, name: str) -> None:
     compile_cuda(ROOT / "ggml_qcache" / "cuda" / f"{name}.cu", "sm_90", tmp_path / f"{name}.o")

@@ -22,6 +22,16 @@ struct qg_cuda_thread {
     }
 
     template <typename V> __device__ __forceinline__ V shuffle_xor(V value, int mask) const { return __shfl_xor_sync(~0u, value, mask); }
+    template <typename V> __device__ __forceinline__ V shuffle(V value, int from_lane) const { return __shfl_sync(~0u, value, from_lane); }
+
+    __device__ __forceinline__ uint32_t ballot(bool holds) const { return __ballot_sync(~0u, holds); } // bit i: in lane i
+
+    // of an 8 x 8 matrix of f16; a lane has elements 2 (lane % 4) + { 0, 1 } of row lane / 4
+    __device__ __forceinline__ uint32_t transpose(uint32_t word) const {
+        uint32_t transposed;
+        asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(word));
+        return transposed;
+    }
 
     // m[4] = the 8 x 8 matrices of f16 of a tile of 16 x 16 in shared memory, in the order of qg_row_of_matrices; a lane gets
     // elements 2 (lane % 4) + { 0, 1 } of row lane / 4, of the transposed of that column
@@ -81,4 +91,5 @@ template <class KERNEL> cudaError_t qg_cuda_launch(const qcache_gpu_launch & l, 
 
 // one file each, since each compiles for minutes on all architectures
 cudaError_t qg_cuda_launch_decode(const qcache_gpu_launch & l, const void * args, cudaStream_t stream);
+cudaError_t qg_cuda_launch_decode_group(const qcache_gpu_launch & l, const void * args, cudaStream_t stream);
 cudaError_t qg_cuda_launch_prefill(const qcache_gpu_launch & l, const void * args, cudaStream_t stream);

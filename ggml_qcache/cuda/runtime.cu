@@ -151,6 +151,7 @@ bool cuda_launch(void * ctx, const qcache_gpu_launch & l, const void * args) {
         case QCACHE_GPU_MERGE: error = qg_cuda_launch<qg_merge_kernel>(l, args, c.stream); break;
         case QCACHE_GPU_V_LIMITS: error = qg_cuda_launch<qg_v_limits_kernel>(l, args, c.stream); break;
         case QCACHE_GPU_DECODE: error = qg_cuda_launch_decode(l, args, c.stream); break;
+        case QCACHE_GPU_DECODE_GROUP: error = qg_cuda_launch_decode_group(l, args, c.stream); break;
         case QCACHE_GPU_PREFILL: error = qg_cuda_launch_prefill(l, args, c.stream); break;
     }
     return check(error, "launching a kernel");
@@ -167,6 +168,6 @@ bool cuda_synchronize(void * ctx) {
 } // namespace
 
 extern const qcache_gpu_i qcache_gpu_cuda;
-const qcache_gpu_i        qcache_gpu_cuda = { "cuda",     QG_TILE_ROWS, qg_prefill_shared, cuda_init,   cuda_free,        cuda_enter,
+const qcache_gpu_i        qcache_gpu_cuda = { "cuda",     true, QG_TILE_ROWS, qg_prefill_shared, cuda_init,   cuda_free,        cuda_enter,
                                               cuda_leave, cuda_upload,  cuda_workspace,    cuda_launch, cuda_synchronize, nullptr,
                                               nullptr };

@@ -38,6 +38,21 @@ QG_DEVICE qg_merged qg_merge(QG_SHARED const float * partial, int n, int stride,
     return merged;
 }
 
+// Element d of a row and head: the result, or what its span gives to qg_attn_merge.
+QG_DEVICE void qg_put(QG_CONSTANT const qg_attn_args & p, int row, int head, int split, int d, qg_merged merged) {
+    const uint64_t at = (uint64_t) row * p.n_head + head;
+    if (p.n_splits == 1) {
+        ((QG_GLOBAL float *) p.dst)[at * qg_head_dim(p) + d] = merged.sum == 0.0f ? 0.0f : merged.value / merged.sum;
+        return;
+    }
+    QG_GLOBAL float * out = (QG_GLOBAL float *) p.partial + (at * p.n_splits + split) * (qg_head_dim(p) + 2);
+    if (d == 0) {
+        out[0] = merged.sum;
+        out[1] = merged.max;
+    }
+    out[2 + d] = merged.value;
+}
+
 template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONSTANT const qg_attn_args & p, int type_k, int type_v) {
     constexpr int TOKENS = qg_decode_tokens(G);
 
@@ -239,18 +254,7 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
         }
         t.sync();
         for (int d = t.index(); d < qg_head_dim(p); d += QG_THREADS) {
-            const qg_merged merged = qg_merge(shared, n_slots, stride, d);
-            const uint64_t  at     = (uint64_t) ir * p.n_head + head + g;
-            if (p.n_splits == 1) {
-                ((QG_GLOBAL float *) p.dst)[at * qg_head_dim(p) + d] = merged.sum == 0.0f ? 0.0f : merged.value / merged.sum;
-            } else {
-                QG_GLOBAL float * out = (QG_GLOBAL float *) p.partial + (at * p.n_splits + t.block_z()) * stride;
-                if (d == 0) {
-                    out[0] = merged.sum;
-                    out[1] = merged.max;
-                }
-                out[2 + d] = merged.value;
-            }
+            qg_put(p, ir, head + g, t.block_z(), d, qg_merge(shared, n_slots, stride, d));
         }
     }
 }

@@ -3,6 +3,7 @@
 #include "gpu-ops.h"
 
 #include "../qcache-impl.h"
+#include "attn-decode-group.h"
 #include "attn-decode.h"
 #include "v-skip.h"
 
@@ -179,12 +180,14 @@ bool qcache_gpu_ops::attn(const qcache_attn_params & p, int index, const ggml_te
         const int dim = prefill_dim(p.head_dim);
         return api->launch(ctx, { QCACHE_GPU_PREFILL, type_k, type_v, dim, { n_tiles, p.n_head, 1 }, api->prefill_shared(dim) }, &a);
     }
-    const int n_group = p.n_head / p.n_head_kv;
-    const int width   = n_group <= 2 ? n_group : n_group <= 4 ? 4 : 8;
-    const int n_cells = p.n_head_kv * ((n_group + width - 1) / width) * n_rows;
-    // enough thread blocks for each processor to have several at once; each has two KV blocks, or its start and end cost more
-    // than what is between them; none is left without any
-    const int n_wanted = std::max(1, std::min((8 * n_processors + n_cells - 1) / n_cells, n_blocks_max / 2));
+    const int  n_group = p.n_head / p.n_head_kv;
+    const bool group   = api->decode_group && n_group > 2;
+    const int  n_heads = n_group <= 2 ? n_group : n_group <= 4 && !group ? 4 : 8; // of a thread block
+    const int  n_cells = p.n_head_kv * ((n_group + n_heads - 1) / n_heads) * n_rows;
+    // enough thread blocks for each processor to have several at once; each has two KV blocks, or one for each warp, or its start
+    // and end cost more than what is between them; none is left without any
+    const int n_least  = group ? QG_GROUP_WARPS : 2;
+    const int n_wanted = std::max(1, std::min((8 * n_processors + n_cells - 1) / n_cells, n_blocks_max / n_least));
     const int n_each   = (n_blocks_max + n_wanted - 1) / n_wanted;
     a.n_splits         = (n_blocks_max + n_each - 1) / n_each;
 
@@ -203,6 +206,12 @@ bool qcache_gpu_ops::attn(const qcache_attn_params & p, int index, const ggml_te
     if (skips && !api->launch(ctx, { QCACHE_GPU_V_LIMITS, type_k, type_v, 0, { p.n_head, n_rows, 1 }, QG_V_SKIP_SHARED }, &a)) {
         return false;
     }
-    return api->launch(ctx, { QCACHE_GPU_DECODE, type_k, type_v, width, { n_cells / n_rows, n_rows, a.n_splits }, QG_DECODE_SHARED }, &a) &&
+    qcache_gpu_launch decode = { QCACHE_GPU_DECODE, type_k, type_v, n_heads, { n_cells / n_rows, n_rows, a.n_splits }, QG_DECODE_SHARED };
+    if (group) {
+        decode.kernel       = QCACHE_GPU_DECODE_GROUP;
+        decode.width        = p.head_dim <= 64 ? 64 : p.head_dim <= 128 ? 128 : 256;
+        decode.shared_bytes = qg_decode_group_shared(decode.width);
+    }
+    return api->launch(ctx, decode, &a) &&
            (a.n_splits == 1 || api->launch(ctx, { QCACHE_GPU_MERGE, type_k, type_v, 0, { p.n_head, n_rows, 1 }, qg_merge_shared(a.n_splits) }, &a));
 }

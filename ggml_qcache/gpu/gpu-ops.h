@@ -13,12 +13,19 @@ struct ggml_backend;
 struct ggml_backend_buffer;
 struct ggml_backend_device;
 
-enum qcache_gpu_kernel { QCACHE_GPU_APPEND, QCACHE_GPU_DECODE, QCACHE_GPU_MERGE, QCACHE_GPU_PREFILL, QCACHE_GPU_V_LIMITS };
+enum qcache_gpu_kernel {
+    QCACHE_GPU_APPEND,
+    QCACHE_GPU_DECODE,
+    QCACHE_GPU_DECODE_GROUP,
+    QCACHE_GPU_MERGE,
+    QCACHE_GPU_PREFILL,
+    QCACHE_GPU_V_LIMITS,
+};
 
 struct qcache_gpu_launch {
     qcache_gpu_kernel kernel;
     int               type_k, type_v; // enum qg_kv_type
-    int               width;          // decode: query heads computed together; prefill: padded head_dim
+    int               width;          // decode: query heads computed together; decode of a group, prefill: padded head_dim
     int               grid[3];
     int               shared_bytes;
 };
@@ -27,7 +34,8 @@ struct qcache_gpu_launch {
 struct qcache_gpu_i {
     const char * name; // "cuda"
 
-    int tile_rows;                  // query rows of a prefill tile
+    bool decode_group;              // has QCACHE_GPU_DECODE_GROUP, for three or more query heads to a KV head
+    int  tile_rows;                 // query rows of a prefill tile
     int (*prefill_shared)(int dim); // bytes of shared memory of a prefill kernel; dim: padded head_dim
 
     void * (*init)(ggml_backend * wrapped, int * n_processors); // wrapped: the stream that stock operations run on

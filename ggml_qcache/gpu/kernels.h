@@ -6,6 +6,7 @@
 #pragma once
 
 #include "append.h"
+#include "attn-decode-group.h"
 #include "attn-decode.h"
 #include "attn-prefill.h"
 #include "gpu-ops.h"
@@ -33,10 +34,17 @@ struct qg_v_limits_kernel {
 };
 
 template <int G, int TYPE_K, int TYPE_V> struct qg_decode_kernel {
-    static constexpr int per_processor = G <= 2 ? 4 : 1;
+    static constexpr int per_processor = G == 1 ? 4 : 3;
 
     using args = qg_attn_args;
     template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_attn_decode<G>(t, a, TYPE_K, TYPE_V); }
+};
+
+template <int DIM, int TYPE_K, int TYPE_V> struct qg_decode_group_kernel {
+    static constexpr int per_processor = DIM <= 128 ? 3 : 1;
+
+    using args = qg_attn_args;
+    template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_attn_decode_group<DIM, TYPE_K, TYPE_V>(t, a); }
 };
 
 template <int DIM, int TYPE_K, int TYPE_V> struct qg_prefill_kernel {
@@ -70,8 +78,15 @@ template <class F> bool qg_dispatch_decode(const qcache_gpu_launch & l, const F 
     switch (l.width) {
         case 1: return qg_dispatch_types<qg_decode_kernel, 1>(l, f);
         case 2: return qg_dispatch_types<qg_decode_kernel, 2>(l, f);
-        case 4: return qg_dispatch_types<qg_decode_kernel, 4>(l, f);
-        case 8: return qg_dispatch_types<qg_decode_kernel, 8>(l, f);
+        default: return false;
+    }
+}
+
+template <class F> bool qg_dispatch_decode_group(const qcache_gpu_launch & l, const F & f) {
+    switch (l.width) {
+        case 64: return qg_dispatch_types<qg_decode_group_kernel, 64>(l, f);
+        case 128: return qg_dispatch_types<qg_decode_group_kernel, 128>(l, f);
+        case 256: return qg_dispatch_types<qg_decode_group_kernel, 256>(l, f);
         default: return false;
     }
 }

@@ -72,14 +72,26 @@ QG_DEVICE float qg_unpack8(int type, QG_LOCAL const qg_raw8 & raw, int chunk, QG
     return qg_from_half((uint16_t) raw.words[4]);
 }
 
-// the same as f16; quantised elements are rounded to it
-QG_DEVICE qg_u4 qg_halves8(int type, QG_LOCAL const qg_raw8 & raw, int chunk) {
+// The same as f16, exactly: to be multiplied by what is returned.
+QG_DEVICE float qg_unscaled8(int type, QG_LOCAL const qg_raw8 & raw, int chunk, QG_LOCAL qg_u4 & eight) {
     if (type == QG_F16) {
-        qg_u4 eight;
         eight.x = raw.words[0];
         eight.y = raw.words[1];
         eight.z = raw.words[2];
         eight.w = raw.words[3];
+        return 1.0f;
+    }
+    float       x[8];
+    const float scale = qg_unpack8(type, raw, chunk, x);
+    eight             = qg_eight(x);
+    return scale;
+}
+
+// the elements as f16; quantised ones are rounded to it
+QG_DEVICE qg_u4 qg_halves8(int type, QG_LOCAL const qg_raw8 & raw, int chunk) {
+    qg_u4 eight;
+    if (type == QG_F16) {
+        qg_unscaled8(type, raw, chunk, eight);
         return eight;
     }
     float       x[8];

@@ -198,6 +198,21 @@ QG_DEVICE qg_u4 qg_eight(QG_LOCAL const float * x) {
 }
 
 #if !defined(__METAL_VERSION__)
+// of two words, as one word
+QG_DEVICE uint32_t qg_low_halves(uint32_t a, uint32_t b) { return (a & 0xffff) | b << 16; }
+QG_DEVICE uint32_t qg_high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000); }
+
+// the largest power of two that is at most x, and that has a normal reciprocal; x >= 0
+QG_DEVICE float qg_power_of_two(float x) {
+    const float least = 1.17549435e-38f, most = 8.50705917e+37f;
+    x = x < least ? least : x < most ? x : most; // NaN: most
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    bits &= 0x7f800000;
+    memcpy(&x, &bits, sizeof(bits));
+    return x;
+}
+
 // Where in a tile of 16 x 16 the row begins that a lane names when it loads the tile's four 8 x 8 matrices: down, those on the
 // left come first, else the upper ones.
 QG_DEVICE int qg_row_of_matrices(int lane, int stride, bool down) {

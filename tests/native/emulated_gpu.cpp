@@ -84,6 +84,7 @@ bool launch(void * ctx, const qcache_gpu_launch & l, const void * args) {
             case QCACHE_GPU_MERGE: return emulate(qg_merge_kernel());
             case QCACHE_GPU_V_LIMITS: return emulate(qg_v_limits_kernel());
             case QCACHE_GPU_DECODE: return qg_dispatch_decode(l, emulate);
+            case QCACHE_GPU_DECODE_GROUP: return qg_dispatch_decode_group(l, emulate);
             case QCACHE_GPU_PREFILL: return qg_dispatch_prefill(l, emulate);
         }
         return false;
@@ -115,13 +116,14 @@ bool synchronize(void *) {
     return true;
 }
 
-qcache_gpu_i runtime = { "emulated", QG_TILE_ROWS, qg_prefill_shared, init,        free_,   enter,  leave,
-                         upload,     workspace,    launch,            synchronize, nullptr, nullptr };
+qcache_gpu_i runtime = { "emulated", true,   QG_TILE_ROWS, qg_prefill_shared, init,    free_,  enter,
+                         leave,      upload, workspace,    launch,            synchronize, nullptr, nullptr };
 
 } // namespace
 
 void qcache_emulated_gpu_use(bool metal) {
     runtime.name           = metal ? "metal-emulated" : "emulated";
+    runtime.decode_group   = !metal;
     runtime.tile_rows      = metal ? QCACHE_METAL_TILE_ROWS : QG_TILE_ROWS;
     runtime.prefill_shared = metal ? qcache_metal_prefill_shared : qg_prefill_shared;
     runtime.launch         = metal ? launch_metal : launch;

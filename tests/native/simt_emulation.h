@@ -32,7 +32,11 @@ class thread_view {
     void * shared() const;
     void   sync();
 
-    template <typename V> V shuffle_xor(V value, int mask);
+    template <typename V> V shuffle_xor(V value, int mask) { return shuffle(value, lane() ^ mask); }
+    template <typename V> V shuffle(V value, int from_lane);
+
+    uint32_t ballot(bool holds);
+    uint32_t transpose(uint32_t word); // movmatrix
 
     // m = the four 8 x 8 matrices of a tile of 16 x 16; lane 8 i + j names row j of matrix i, as in the PTX manual (ldmatrix)
     void load_matrices(uint32_t * m, const uint16_t * tile, int stride, bool down) { load(m, tile, stride, down, false); }
@@ -88,13 +92,32 @@ inline int    thread_view::block_z() const { return b.index[2]; }
 inline void * thread_view::shared() const { return b.shared_memory.data(); }
 inline void   thread_view::sync() { b.threads.barrier(id); }
 
-template <typename V> V thread_view::shuffle_xor(V value, int mask) {
+template <typename V> V thread_view::shuffle(V value, int from_lane) {
     static_assert(sizeof(V) == sizeof(uint32_t), "one register");
     uint32_t word;
     memcpy(&word, &value, sizeof(word));
     const auto * warp = b.exchange(id, &word, 1);
-    memcpy(&value, &warp[lane() ^ mask].words[0], sizeof(value));
+    memcpy(&value, &warp[from_lane].words[0], sizeof(value));
     return value;
+}
+
+inline uint32_t thread_view::ballot(bool holds) {
+    const uint32_t word = holds;
+    const auto *   warp = b.exchange(id, &word, 1);
+    uint32_t       all  = 0;
+    for (int i = 0; i < 32; i++) {
+        all |= warp[i].words[0] << i;
+    }
+    return all;
+}
+
+inline uint32_t thread_view::transpose(uint32_t word) {
+    const auto * warp = b.exchange(id, &word, 1);
+    const int    row = lane() % 4 * 2, column = lane() / 4; // of the matrix that is given
+    const auto   at = [&](int r) {
+        return warp[4 * r + column / 2].words[0] >> 16 * (column % 2) & 0xffff;
+    };
+    return at(row) | at(row + 1) << 16;
 }
 
 inline void thread_view::load(uint32_t * m, const uint16_t * tile, int stride, bool down, bool transposed) {

@@ -1,0 +1,12 @@
+// attn-decode-group.cu: the decode kernels of heads that share keys, for every pair of K and V types
+
+#include "launch.cuh"
+
+cudaError_t qg_cuda_launch_decode_group(const qcache_gpu_launch & l, const void * args, cudaStream_t stream) {
+    cudaError_t error = cudaErrorInvalidDeviceFunction;
+    qg_dispatch_decode_group(l, [&](auto kernel) {
+        error = qg_cuda_launch<decltype(kernel)>(l, args, stream);
+        return true;
+    });
+    return error;
+}
