@@ -17,6 +17,8 @@
 # LIMIT    seconds for everything (default: 570); a step gets what is left
 # LAYERS   layers of the 7B-shaped model that is timed (default: 8)
 # SEQS     sequences in a batch (default: 1,16,32)
+#
+# QCACHE_CUDA_STREAM=own gives our kernels a stream beside ggml's; `time` measures that too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -91,6 +93,7 @@ if wanted time; then
     run llava-1.5-7b --preset llava-1.5-7b --contexts 2048 --seqs "$SEQS" --prefill 2048
     run long --preset llava-1.5-7b --contexts 16384 --seqs 1
     run llava-next-mistral-7b --preset llava-next-mistral-7b --contexts 2048 --seqs "$SEQS" --prefill 2048
+    QCACHE_CUDA_STREAM=own run own-stream --preset llava-1.5-7b --contexts 2048 --seqs 1 --prefill 2048
 fi
 
 if wanted model; then

@@ -2,8 +2,8 @@
 //
 // ggml's scheduler synchronises the host wherever a graph goes from one backend to another, so our operations on a device
 // of their own would stall every layer. This backend takes the whole graph instead. Stretches of stock nodes go to
-// the wrapped backend as views of the graph, which keeps the fusions it knows; our nodes go to kernels of ours on a stream
-// of our own; events order the two streams, and the host waits for neither.
+// the wrapped backend as views of the graph, which keeps the fusions it knows; our nodes go to kernels of ours, on
+// the same stream or on one of our own; events order the two, and the host waits for neither.
 
 #include "qcache-backend.h"
 

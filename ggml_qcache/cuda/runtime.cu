@@ -1,8 +1,10 @@
 // runtime.cu: our operations on a CUDA device (qcache_gpu_i)
 //
-// ggml's CUDA backend keeps its stream to itself, so ours is a second one. Two events order them: one of ggml's, recorded
-// on its stream, that ours waits for, and one of ggml's that we record on ours and its stream waits for. Where ggml was
-// built without events (GGML_CUDA_NO_PEER_COPY) the host waits instead.
+// They run on ggml's own stream where it can be told for certain which one that is, so that nothing stands between our kernels
+// and ggml's; going from one stream to another takes some microseconds, twice a layer. ggml keeps its stream to itself; see
+// stream_of. Otherwise, or with QCACHE_CUDA_STREAM=own in the environment, they have a second stream. Two events order the
+// two: one of ggml's, recorded on its stream, that ours waits for, and one of ggml's that we record on ours and its stream
+// waits for. Where ggml was built without events (GGML_CUDA_NO_PEER_COPY) the host waits instead.
 
 #include "../qcache-ggml-abi.h"
 #include "../qcache-impl.h"
@@ -10,9 +12,12 @@
 
 #include <ggml-backend.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <string>
 
 namespace {
 
@@ -20,6 +25,7 @@ struct cuda_context {
     ggml_backend_t       wrapped;
     int                  device   = 0;
     cudaStream_t         stream   = nullptr;
+    bool                 is_ours  = false;   // the stream; the events are used then
     ggml_backend_event_t theirs   = nullptr; // recorded on ggml's stream
     ggml_backend_event_t ours     = nullptr; // recorded on ours
     cudaEvent_t          uploaded = nullptr; // the last upload has left the staging memory
@@ -46,6 +52,8 @@ void cuda_free(void * ctx) {
     cudaSetDevice(c->device);
     if (c->stream != nullptr) {
         cudaStreamSynchronize(c->stream);
+    }
+    if (c->is_ours) {
         cudaStreamDestroy(c->stream);
     }
     ggml_backend_event_free(c->theirs);
@@ -66,22 +74,59 @@ bool find_device(ggml_backend_t wrapped, int * device) {
     return check(cudaGetDevice(device), "asking for the device");
 }
 
+// The start of what ggml 0.25.3 keeps for a CUDA backend.
+struct abi_cuda_context {
+    int          device;
+    alignas(8) char name[sizeof(std::string)];
+    cudaEvent_t  copied;
+    cudaStream_t streams[16][8]; // by device; made when they are first used
+};
+
+// The stream of a backend that has not been used yet; NULL: its memory doesn't show one. The table of streams has to be empty, and
+// once the backend had to make its stream there has to be one, in the device's place.
+cudaStream_t stream_of(ggml_backend_t backend, int device) {
+    const auto & context  = *(const abi_cuda_context *) ((const qcache_abi_backend *) backend)->context;
+    const auto   n_streams = [&]() {
+        const cudaStream_t * first = context.streams[0];
+        return std::count_if(first, first + 16 * 8, [](cudaStream_t stream) { return stream != nullptr; });
+    };
+    if (context.device != device || device < 0 || device >= 16 || n_streams() != 0) {
+        return nullptr;
+    }
+    ggml_backend_synchronize(backend);
+    return n_streams() == 1 ? context.streams[device][0] : nullptr;
+}
+
 void * cuda_init(ggml_backend * wrapped, int * n_processors) {
     std::unique_ptr<cuda_context, void (*)(void *)> c{ new cuda_context(), cuda_free };
     c->wrapped = wrapped;
-    c->theirs  = ggml_backend_event_new(ggml_backend_get_device(wrapped));
-    c->ours    = ggml_backend_event_new(ggml_backend_get_device(wrapped));
-    const bool ok = find_device(wrapped, &c->device) &&
-                    check(cudaDeviceGetAttribute(n_processors, cudaDevAttrMultiProcessorCount, c->device), "counting multiprocessors") &&
-                    check(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking), "creating a stream") &&
-                    check(cudaEventCreateWithFlags(&c->uploaded, cudaEventDisableTiming), "creating an event");
-    return ok ? c.release() : nullptr;
+    if (!find_device(wrapped, &c->device) ||
+        !check(cudaDeviceGetAttribute(n_processors, cudaDevAttrMultiProcessorCount, c->device), "counting multiprocessors") ||
+        !check(cudaEventCreateWithFlags(&c->uploaded, cudaEventDisableTiming), "creating an event")) {
+        return nullptr;
+    }
+    const char * wanted = getenv("QCACHE_CUDA_STREAM");
+    if (wanted == nullptr || strcmp(wanted, "own") != 0) {
+        c->stream = stream_of(wrapped, c->device);
+    }
+    if (c->stream == nullptr) {
+        c->theirs = ggml_backend_event_new(ggml_backend_get_device(wrapped));
+        c->ours   = ggml_backend_event_new(ggml_backend_get_device(wrapped));
+        if (!check(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking), "creating a stream")) {
+            return nullptr;
+        }
+        c->is_ours = true;
+    }
+    return c.release();
 }
 
 bool cuda_enter(void * ctx) {
     auto & c = *(cuda_context *) ctx;
     if (!check(cudaSetDevice(c.device), "choosing the device")) {
         return false;
+    }
+    if (!c.is_ours) {
+        return true;
     }
     if (c.theirs == nullptr) {
         ggml_backend_synchronize(c.wrapped);
@@ -93,6 +138,9 @@ bool cuda_enter(void * ctx) {
 
 bool cuda_leave(void * ctx) {
     auto & c = *(cuda_context *) ctx;
+    if (!c.is_ours) {
+        return true;
+    }
     if (c.ours == nullptr) {
         return check(cudaStreamSynchronize(c.stream), "waiting for the stream");
     }
