@@ -263,8 +263,8 @@ def test_address_spaces(text: str, tmp_path: Path) -> None:
         ("device float * to = (device float *) p.dst", "device float * to = (threadgroup float *) p.dst", "cannot initialize"),
         ("threadgroup float * diagonal  = logits + KEYS;", "device float * diagonal = logits + KEYS;", "cannot initialize"),
         (
-            "qg_load8(type, row, chunk, raw);",
-            "qg_load8(type, (constant const uint8_t *) row, chunk, raw);",
+            "qg_load8(type, from, token * row_bytes, chunk, raw);",
+            "qg_load8(type, (constant const uint8_t *) from, token * row_bytes, chunk, raw);",
             "converts between mismatching address spaces",
         ),
         ("const int ir       = t.block_y();", "const int ir = p.n_head = t.block_y();", "cannot assign to variable 'p' with const-qualified type"),

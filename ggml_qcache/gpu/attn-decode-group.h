@@ -137,7 +137,7 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decod
                     qg_zero8(raw_k[c][r]);
                     // every lane of a token needs its group's scale, past head_dim too: what is there is padding
                     if (!reads && token < n && (TYPE_K == QG_F16 ? 32 * c + 8 * quad : 32 * c) < p.head_dim) {
-                        qg_load8(TYPE_K, k + token * p.k_row_bytes, 4 * c + quad, raw_k[c][r]);
+                        qg_load8(TYPE_K, k, token * p.k_row_bytes, 4 * c + quad, raw_k[c][r]);
                     }
                 }
                 QG_UNROLL
@@ -155,7 +155,7 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decod
                     for (int half = 0; half < HALVES; half++) {
                         qg_zero8(raw_v[half][u]); // what lies past the tokens is not V: 0 times NaN would be NaN
                         if (wanted && 8 * (8 * half + place) < p.head_dim) {
-                            qg_load8(TYPE_V, v + (base + token) * p.v_row_bytes, 8 * half + place, raw_v[half][u]);
+                            qg_load8(TYPE_V, v, (base + token) * p.v_row_bytes, 8 * half + place, raw_v[half][u]);
                         }
                     }
                 }

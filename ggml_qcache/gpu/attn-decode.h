@@ -127,20 +127,23 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
                 const int token = base + u * n_slots + slot;
                 qg_zero8(raw_k[u]);
                 qg_zero8(raw_v[u]); // what lies past the tokens is not V: 0 times NaN would be NaN
-                if (token < n && active) {
-                    if (!reads) {
-                        qg_load8(type_k, k + token * p.k_row_bytes, chunk, raw_k[u]);
-                    }
-                    if (!skips) {
-                        qg_load8(type_v, v + token * p.v_row_bytes, chunk, raw_v[u]);
-                    }
+                if (token < n && active && !reads) {
+                    qg_load8(type_k, k, token * p.k_row_bytes, chunk, raw_k[u]);
                 }
-                QG_UNROLL
-                for (int g = 0; g < G; g++) {
-                    s[u][g] = reads && token < n && g < n_heads ? scores[g * block.n + token] : -INFINITY;
+                if (token < n && active && !skips) {
+                    qg_load8(type_v, v, token * p.v_row_bytes, chunk, raw_v[u]);
                 }
             }
-            if (!reads) {
+            if (reads) {
+                QG_UNROLL
+                for (int u = 0; u < TOKENS; u++) {
+                    const int token = base + u * n_slots + slot;
+                    QG_UNROLL
+                    for (int g = 0; g < G; g++) {
+                        s[u][g] = token < n && g < n_heads ? scores[g * block.n + token] : -INFINITY;
+                    }
+                }
+            } else {
                 QG_UNROLL
                 for (int u = 0; u < TOKENS; u++) {
                     float       x[8];
@@ -176,20 +179,40 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
                     }
                 }
             }
-            int kept = 0; // bit u: some head wants V of that token
+            if (bias) {
+                QG_UNROLL
+                for (int g = 0; g < G; g++) {
+                    const float delta = g < n_heads ? ((QG_GLOBAL const float *) p.vis_bias)[head + g] : 0.0f;
+                    QG_UNROLL
+                    for (int u = 0; u < TOKENS; u++) {
+                        s[u][g] = s[u][g] == -INFINITY ? s[u][g] : qg_clamp(s[u][g] + delta);
+                    }
+                }
+            }
+            if (skips) {
+                int kept = 0; // bit u: some head wants V of that token
+                QG_UNROLL
+                for (int g = 0; g < G; g++) {
+                    const float limit = g < n_heads ? ((QG_GLOBAL const float *) p.v_limits)[(uint64_t) ir * p.n_head + head + g] : INFINITY;
+                    QG_UNROLL
+                    for (int u = 0; u < TOKENS; u++) {
+                        kept |= s[u][g] <= limit ? 0 : 1 << u;
+                    }
+                }
+                QG_UNROLL
+                for (int u = 0; u < TOKENS; u++) {
+                    const int token = base + u * n_slots + slot;
+                    if (token < n && active && (kept >> u & 1)) {
+                        qg_load8(type_v, v, token * p.v_row_bytes, chunk, raw_v[u]);
+                    }
+                }
+            }
             QG_UNROLL
             for (int g = 0; g < G; g++) {
                 float highest = max[g];
                 QG_UNROLL
                 for (int u = 0; u < TOKENS; u++) {
-                    if (bias && g < n_heads) {
-                        s[u][g] = s[u][g] == -INFINITY ? s[u][g] : qg_clamp(s[u][g] + ((QG_GLOBAL const float *) p.vis_bias)[head + g]);
-                    }
                     highest = qg_max(s[u][g], highest);
-                    if (skips && g < n_heads) {
-                        const float limit = ((QG_GLOBAL const float *) p.v_limits)[(uint64_t) ir * p.n_head + head + g];
-                        kept |= s[u][g] <= limit ? 0 : 1 << u;
-                    }
                 }
                 if (highest > max[g]) {
                     const float scale = qg_exp(max[g] - highest);
@@ -205,15 +228,6 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
                 for (int u = 0; u < TOKENS; u++) {
                     s[u][g] = qg_exp(s[u][g] - from); // from here on the probability
                     sum[g] += s[u][g];
-                }
-            }
-            if (skips) {
-                QG_UNROLL
-                for (int u = 0; u < TOKENS; u++) {
-                    const int token = base + u * n_slots + slot;
-                    if (token < n && active && (kept >> u & 1)) {
-                        qg_load8(type_v, v + token * p.v_row_bytes, chunk, raw_v[u]);
-                    }
                 }
             }
             QG_UNROLL

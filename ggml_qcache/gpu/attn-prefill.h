@@ -91,7 +91,7 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_prefi
             const int token = (t.index() + i * QG_THREADS) / (DIM / 8), chunk = (t.index() + i * QG_THREADS) % (DIM / 8);
             qg_zero8(raw[i]);
             if (token < n && (EVEN || token < KEYS) && 8 * chunk < p.head_dim) {
-                qg_load8(type, from + token * row_bytes, chunk, raw[i]);
+                qg_load8(type, from, token * row_bytes, chunk, raw[i]);
             }
         }
     };

@@ -18,10 +18,10 @@ struct qg_raw8 {
     uint32_t words[5];
 };
 
-// elements 8 chunk .. 8 chunk + 7 of a row
-QG_DEVICE void qg_load8(int type, QG_GLOBAL const uint8_t * row, int chunk, QG_LOCAL qg_raw8 & raw) {
+// elements 8 chunk .. 8 chunk + 7 of the row that begins `row` bytes after `rows`; one address of 64 bits for many rows
+QG_DEVICE void qg_load8(int type, QG_GLOBAL const uint8_t * rows, int row, int chunk, QG_LOCAL qg_raw8 & raw) {
     if (type == QG_F16) {
-        const qg_u4 v = qg_read16((QG_GLOBAL const qg_u4 *) (row + 16 * chunk));
+        const qg_u4 v = qg_read16((QG_GLOBAL const qg_u4 *) (rows + (uint32_t) (row + 16 * chunk)));
         raw.words[0]  = v.x;
         raw.words[1]  = v.y;
         raw.words[2]  = v.z;
@@ -30,7 +30,7 @@ QG_DEVICE void qg_load8(int type, QG_GLOBAL const uint8_t * row, int chunk, QG_L
     }
     const int                  group_bytes = type == QG_Q8_0 ? 34 : 18;
     const int                  first       = type == QG_Q8_0 ? 4 * (chunk % 4) : 4 * (chunk % 2); // half of a word in the group
-    QG_GLOBAL const uint16_t * group       = (QG_GLOBAL const uint16_t *) (row + group_bytes * (chunk / 4));
+    QG_GLOBAL const uint16_t * group       = (QG_GLOBAL const uint16_t *) (rows + (uint32_t) (row + group_bytes * (chunk / 4)));
     raw.words[4]                           = qg_read2(group);
     QG_UNROLL
     for (int i = 0; i < 4; i++) {

@@ -23,9 +23,8 @@ inline void qg_metal_stage(thread qg_metal_thread & t, int type, device const ui
         const int token = i / (DIM / 8), chunk = i % (DIM / 8);
         qg_u4     eight = qg_u4(0);
         if (token < n && 8 * chunk < head_dim) {
-            device const uint8_t * row = from + (uint64_t) token * row_bytes;
-            qg_raw8                raw;
-            qg_load8(type, row, chunk, raw);
+            qg_raw8 raw;
+            qg_load8(type, from, token * row_bytes, chunk, raw);
             eight = qg_halves8(type, raw, chunk);
         }
         *(threadgroup qg_u4 *) (to + token * qg_metal_prefill_stride(DIM) + 8 * chunk) = eight;
