@@ -41,7 +41,7 @@ template <int G, int TYPE_K, int TYPE_V> struct qg_decode_kernel {
 };
 
 template <int DIM, int TYPE_K, int TYPE_V> struct qg_decode_group_kernel {
-    static constexpr int per_processor = DIM <= 128 ? 3 : 1;
+    static constexpr int per_processor = DIM <= 64 ? 3 : DIM <= 128 ? 2 : 1;
 
     using args = qg_attn_args;
     template <class T> static QG_DEVICE void run(T & t, const args & a) { qg_attn_decode_group<DIM, TYPE_K, TYPE_V>(t, a); }
