@@ -18,7 +18,7 @@
 # LAYERS   layers of the 7B-shaped model that is timed (default: 8)
 # SEQS     sequences in a batch (default: 1,16,32)
 #
-# QCACHE_CUDA_STREAM=own gives our kernels a stream beside ggml's; `time` measures that too.
+# QCACHE_CUDA_STREAM=own gives our kernels a stream beside ggml's, =ggml refuses that; `time` measures both.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -93,7 +93,9 @@ if wanted time; then
     run llava-1.5-7b --preset llava-1.5-7b --contexts 2048 --seqs "$SEQS" --prefill 2048
     run long --preset llava-1.5-7b --contexts 16384 --seqs 1
     run llava-next-mistral-7b --preset llava-next-mistral-7b --contexts 2048 --seqs "$SEQS" --prefill 2048
-    QCACHE_CUDA_STREAM=own run own-stream --preset llava-1.5-7b --contexts 2048 --seqs 1 --prefill 2048
+    for stream in ggml own; do
+        QCACHE_CUDA_STREAM=$stream run "$stream-stream" --preset llava-1.5-7b --contexts 2048 --seqs 1 --prefill 2048
+    done
 fi
 
 if wanted model; then

@@ -116,6 +116,19 @@ def test_growing_logits(device):
         check(device, case, bound)
 
 
+@pytest.mark.parametrize("heads", [(1, 1), (8, 1)])
+def test_many_small_probabilities(device, heads):
+    """One key has a logit 18 above all others, which together still make the answer."""
+    case = Case(Shape(64, *heads), [Sequence("t2000", 1999, 1)], "off", seed=SEED)
+    for layer in range(2):
+        case.q[layer][0][:] = 1.0
+        case.k[layer][0][:] = 0.0
+        case.k[layer][0][0] = 18.0 * np.sqrt(64) / 64
+        case.v[layer][0][0] = 0.0
+        case.v[layer][0][1:] = np.abs(case.v[layer][0][1:])
+    check(device, case, DECODE_MAX)
+
+
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_overflowing_logits_stay_finite(device, kind, sign):

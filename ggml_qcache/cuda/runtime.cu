@@ -2,7 +2,7 @@
 //
 // They run on ggml's own stream where it can be told for certain which one that is, so that nothing stands between our kernels
 // and ggml's; going from one stream to another takes some microseconds, twice a layer. ggml keeps its stream to itself; see
-// stream_of. Otherwise, or with QCACHE_CUDA_STREAM=own in the environment, they have a second stream. Two events order the
+// stream_of. Otherwise, unless QCACHE_CUDA_STREAM=ggml in the environment refuses it, or with =own, they have a second one. Two events order the
 // two: one of ggml's, recorded on its stream, that ours waits for, and one of ggml's that we record on ours and its stream
 // waits for. Where ggml was built without events (GGML_CUDA_NO_PEER_COPY) the host waits instead.
 
@@ -13,6 +13,7 @@
 #include <ggml-backend.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -81,6 +82,7 @@ struct abi_cuda_context {
     cudaEvent_t  copied;
     cudaStream_t streams[16][8]; // by device; made when they are first used
 };
+static_assert(offsetof(abi_cuda_context, streams) == 48, "padding");
 
 // The stream of a backend that has not been used yet; NULL: its memory doesn't show one. The table of streams has to be empty, and
 // once the backend had to make its stream there has to be one, in the device's place.
@@ -90,7 +92,7 @@ cudaStream_t stream_of(ggml_backend_t backend, int device) {
         const cudaStream_t * first = context.streams[0];
         return std::count_if(first, first + 16 * 8, [](cudaStream_t stream) { return stream != nullptr; });
     };
-    if (context.device != device || device < 0 || device >= 16 || n_streams() != 0) {
+    if (context.device != device || context.copied != nullptr || device < 0 || device >= 16 || n_streams() != 0) {
         return nullptr;
     }
     ggml_backend_synchronize(backend);
@@ -105,9 +107,14 @@ void * cuda_init(ggml_backend * wrapped, int * n_processors) {
         !check(cudaEventCreateWithFlags(&c->uploaded, cudaEventDisableTiming), "creating an event")) {
         return nullptr;
     }
-    const char * wanted = getenv("QCACHE_CUDA_STREAM");
-    if (wanted == nullptr || strcmp(wanted, "own") != 0) {
+    const char *      setting = getenv("QCACHE_CUDA_STREAM");
+    const std::string wanted  = setting == nullptr ? "" : setting;
+    if (wanted != "own") {
         c->stream = stream_of(wrapped, c->device);
+    }
+    if (c->stream == nullptr && wanted == "ggml") {
+        qcache_fail(QCACHE_STATUS_INTERNAL, "QCACHE_CUDA_STREAM=ggml: device %d doesn't show which stream is ggml's", c->device);
+        return nullptr;
     }
     if (c->stream == nullptr) {
         c->theirs = ggml_backend_event_new(ggml_backend_get_device(wrapped));
@@ -183,10 +190,11 @@ uint64_t cuda_workspace(void * ctx, size_t size) {
         cudaFree(c.work);
         c.work   = nullptr;
         c.n_work = 0;
-        if (!check(cudaMalloc(&c.work, size), "allocating workspace")) {
+        const size_t n = size * 2; // spans of KV blocks become more one by one
+        if (!check(cudaMalloc(&c.work, n), "allocating workspace")) {
             return 0;
         }
-        c.n_work = size;
+        c.n_work = n;
     }
     return (uint64_t) (uintptr_t) c.work;
 }

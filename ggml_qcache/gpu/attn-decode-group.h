@@ -111,8 +111,11 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decod
         }
     }
 
+    qg_block next = blocks[qg_min(ib_first + t.warp(), row.n_blocks - 1)];
     for (int ib = ib_first + t.warp(); ib < ib_end; ib += QG_GROUP_WARPS) {
-        const qg_block  block  = blocks[ib];
+        const qg_block block = next;
+        next                 = blocks[qg_min(ib + QG_GROUP_WARPS, row.n_blocks - 1)]; // its place is known before its turn comes
+
         const int       n      = qg_min(block.n, row.pos - block.first + 1);
         const int       leads  = p.q_leads[row.modality][block.modality];
         const bool      reads  = p.score_op == 2 && leads;
@@ -123,7 +126,8 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decod
         const uint8_t * k      = (const uint8_t *) block.data + p.k_offset[row.modality][block.modality] + first * p.k_row_bytes;
         const uint8_t * v      = (const uint8_t *) block.data + p.v_offset[block.modality] + first * p.v_row_bytes;
 
-        const float     factor[2] = { p.scale * units[leads * QG_GROUP_HEADS + 2 * quad], p.scale * units[leads * QG_GROUP_HEADS + 2 * quad + 1] };
+        const float *   unit   = units + leads * QG_GROUP_HEADS + 2 * quad;
+        const float     factor[2] = { p.scale * unit[0], p.scale * unit[1] };
 
         for (int base = 0; base < n; base += QG_GROUP_TOKENS) {
             // All that this turn reads is asked for before anything waits.
@@ -233,7 +237,7 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decod
                         }
                     }
                 }
-                const float from = qg_finite_max(max[e]);
+                const float from = qg_f16_max(max[e]);
                 s[e]             = qg_exp(s[e] - from); // from here on the probability
                 s[2 + e]         = qg_exp(s[2 + e] - from);
                 sum[e] += s[e] + s[2 + e];
@@ -260,8 +264,13 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decod
                 for (int w = 0; w < 4; w++) {
                     const uint32_t a[4] = { qg_low_halves(words[0][w], words[1][w]), qg_high_halves(words[0][w], words[1][w]),
                                             qg_low_halves(words[2][w], words[3][w]), qg_high_halves(words[2][w], words[3][w]) };
-                    t.mma(acc[half][w], a, low);
-                    t.mma(acc[half][w], a, high);
+                    float          part[4] = { 0.0f, 0.0f, 0.0f, 0.0f }; // a product's own sums are cut off, not rounded
+                    t.mma(part, a, low);
+                    t.mma(part, a, high);
+                    QG_UNROLL
+                    for (int i = 0; i < 4; i++) {
+                        acc[half][w][i] += part[i];
+                    }
                 }
             }
         }

@@ -190,7 +190,7 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_prefi
                     out[j][2 * r + 1] *= scale;
                 }
             }
-            const float from = qg_finite_max(highest);
+            const float from = qg_f16_max(highest);
             QG_UNROLL
             for (int j = 0; j < KEYS / 8; j++) {
                 QG_UNROLL

@@ -89,6 +89,8 @@ bool qcache_gpu_ops::begin(const qcache_attn_step & step, const std::vector<cons
             ordered.insert(ordered.end(), of_group.begin() + i, of_group.begin() + i + n);
         }
     }
+    // the longest first: what starts last ends last
+    std::stable_sort(tile_table.begin(), tile_table.end(), [](const qg_tile & a, const qg_tile & b) { return a.n_blocks > b.n_blocks; });
     n_tiles = (int32_t) tile_table.size();
 
     table.clear();
@@ -188,7 +190,8 @@ bool qcache_gpu_ops::attn(const qcache_attn_params & p, int index, const ggml_te
     // and end cost more than what is between them; none is left without any
     const int n_least  = group ? QG_GROUP_WARPS : 2;
     const int n_wanted = std::max(1, std::min((8 * n_processors + n_cells - 1) / n_cells, n_blocks_max / n_least));
-    const int n_each   = (n_blocks_max + n_wanted - 1) / n_wanted;
+    int       n_each   = (n_blocks_max + n_wanted - 1) / n_wanted;
+    n_each             = group ? (n_each + n_least - 1) / n_least * n_least : n_each; // as many for each warp
     a.n_splits         = (n_blocks_max + n_each - 1) / n_each;
 
     const bool   skips     = p.v_skip > 0.0f && p.score_op == QCACHE_SCORE_READ;

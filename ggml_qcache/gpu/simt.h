@@ -185,7 +185,18 @@ QG_DEVICE float qg_clamp(float x) { return x > 3.402823466e+38f ? 3.402823466e+3
 // what exponentials are taken relative to: -inf, of no keys, would give NaN
 QG_DEVICE float qg_finite_max(float max) { return max == -INFINITY ? 0.0f : max; }
 
+// The same for probabilities that become f16: they are 2^15 times as large as they are, far from f16's smallest numbers. A factor
+// of all terms and of their sum is none of the result.
+QG_DEVICE float qg_f16_max(float max) { return qg_finite_max(max) - 10.3972077f; }
+
+#if defined(__CUDACC__)
+QG_DEVICE uint32_t qg_pair(float a, float b) {
+    const __half2 pair = __floats2half2_rn(a, b);
+    return *(const uint32_t *) &pair;
+}
+#else
 QG_DEVICE uint32_t qg_pair(float a, float b) { return (uint32_t) qg_to_half(a) | (uint32_t) qg_to_half(b) << 16; }
+#endif
 
 // eight numbers as f16
 QG_DEVICE qg_u4 qg_eight(QG_LOCAL const float * x) {
