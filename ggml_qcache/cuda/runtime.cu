@@ -2,9 +2,9 @@
 //
 // They run on ggml's own stream where it can be told for certain which one that is, so that nothing stands between our kernels
 // and ggml's; going from one stream to another takes some microseconds, twice a layer. ggml keeps its stream to itself; see
-// stream_of. Otherwise, unless QCACHE_CUDA_STREAM=ggml in the environment refuses it, or with =own, they have a second one. Two events order the
-// two: one of ggml's, recorded on its stream, that ours waits for, and one of ggml's that we record on ours and its stream
-// waits for. Where ggml was built without events (GGML_CUDA_NO_PEER_COPY) the host waits instead.
+// stream_of. Otherwise they have a second stream; QCACHE_CUDA_STREAM in the environment asks for it (own) or refuses it (ggml).
+// Two events order the two: one of ggml's, recorded on its stream, that ours waits for, and one of ggml's that we record on
+// ours and its stream waits for. Where ggml was built without events (GGML_CUDA_NO_PEER_COPY) the host waits instead.
 
 #include "../qcache-ggml-abi.h"
 #include "../qcache-impl.h"
