@@ -202,7 +202,7 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_prefi
             }
         }
         store(TYPE_V, shared_v);
-        keys = now.n > KEYS ? tile_at(now.ib, now.base + KEYS) : tile_at(now.ib + 1, 0);
+        keys = tile_at(now.n > KEYS ? now.ib : now.ib + 1, now.n > KEYS ? now.base + KEYS : 0);
         bring(TYPE_K, keys.k, keys.n, p.k_row_bytes); // on its way while V is added up
         t.sync();                                     // V is there, and all have read Q and K
         QG_UNROLL
