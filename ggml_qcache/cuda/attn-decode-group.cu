@@ -3,10 +3,7 @@
 #include "launch.cuh"
 
 cudaError_t qg_cuda_launch_decode_group(const qcache_gpu_launch & l, const void * args, cudaStream_t stream) {
-    cudaError_t error = cudaErrorInvalidDeviceFunction;
-    qg_dispatch_decode_group(l, [&](auto kernel) {
-        error = qg_cuda_launch<decltype(kernel)>(l, args, stream);
-        return true;
-    });
-    return error;
+    const qg_cuda_launcher launcher = { l, args, stream };
+    qg_dispatch_decode_group(l, launcher);
+    return launcher.error;
 }

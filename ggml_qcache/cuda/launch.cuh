@@ -89,6 +89,19 @@ template <class KERNEL> cudaError_t qg_cuda_launch(const qcache_gpu_launch & l, 
     return cudaGetLastError();
 }
 
+// what the dispatchers of kernels.h call with the kernel of a launch
+struct qg_cuda_launcher {
+    const qcache_gpu_launch & l;
+    const void *              args;
+    cudaStream_t              stream;
+    mutable cudaError_t       error = cudaErrorInvalidDeviceFunction; // there is no such kernel
+
+    template <class KERNEL> bool operator()(KERNEL) const {
+        error = qg_cuda_launch<KERNEL>(l, args, stream);
+        return true;
+    }
+};
+
 // one file each, since each compiles for minutes on all architectures
 cudaError_t qg_cuda_launch_decode(const qcache_gpu_launch & l, const void * args, cudaStream_t stream);
 cudaError_t qg_cuda_launch_decode_group(const qcache_gpu_launch & l, const void * args, cudaStream_t stream);

@@ -66,8 +66,7 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decod
     float *   units  = (float *) (q + 2 * CHUNKS * 2 * 32); // [source][QG_GROUP_HEADS]: that power
     const int source = t.warp();
     if (source < 2 && qg_uses_source(p, row.modality, source)) {
-        const float * from = source == 1 ? (const float *) p.q_leader + ((uint64_t) ir * p.n_head + head + place) * p.head_dim
-                                         : (const float *) p.q_own + ((uint64_t) row.q_own * p.n_head + head + place) * p.head_dim;
+        const float * from    = qg_q_of(p, ir, row.q_own, head + place, source == 1);
         const int     n_dims  = place < n_heads ? p.head_dim : 0;
         float         largest = 0.0f;
         for (int c = 0; c < CHUNKS; c++) {
@@ -126,8 +125,8 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decod
         const uint8_t * k      = (const uint8_t *) block.data + p.k_offset[row.modality][block.modality] + first * p.k_row_bytes;
         const uint8_t * v      = (const uint8_t *) block.data + p.v_offset[block.modality] + first * p.v_row_bytes;
 
-        const float *   unit   = units + leads * QG_GROUP_HEADS + 2 * quad;
-        const float     factor[2] = { p.scale * unit[0], p.scale * unit[1] };
+        const float * unit      = units + leads * QG_GROUP_HEADS + 2 * quad;
+        const float   factor[2] = { p.scale * unit[0], p.scale * unit[1] };
 
         for (int base = 0; base < n; base += QG_GROUP_TOKENS) {
             // All that this turn reads is asked for before anything waits.

@@ -107,8 +107,7 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
         QG_GLOBAL const uint8_t * v    = data + p.v_offset[block.modality] + first * p.v_row_bytes;
 
         if (!reads && loaded != leads) {
-            QG_GLOBAL const float * from = leads ? (QG_GLOBAL const float *) p.q_leader + ((uint64_t) ir * p.n_head + head) * qg_head_dim(p)
-                                                 : (QG_GLOBAL const float *) p.q_own + ((uint64_t) row.q_own * p.n_head + head) * qg_head_dim(p);
+            QG_GLOBAL const float * from = qg_q_of(p, ir, row.q_own, head, leads);
             QG_UNROLL
             for (int g = 0; g < G; g++) {
                 QG_UNROLL

@@ -111,8 +111,7 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_prefi
             QG_NO_UNROLL // rare: not worth registers
             for (int r = t.warp(); r < QG_TILE_ROWS; r += QG_THREADS / 32) {
                 const int     ir   = tile_rows[r < tile.n ? r : 0];
-                const float * from = leads ? (const float *) p.q_leader + ((uint64_t) ir * p.n_head + head) * p.head_dim
-                                           : (const float *) p.q_own + ((uint64_t) rows[ir].q_own * p.n_head + head) * p.head_dim;
+                const float * from = qg_q_of(p, ir, rows[ir].q_own, head, leads);
                 for (int d = 2 * lane; d < DIM; d += 64) {
                     const bool there = r < tile.n && d < p.head_dim;
                     *(uint32_t *) (shared_q + r * STRIDE + d) = there ? qg_pair(from[d] * p.scale, from[d + 1] * p.scale) : 0;

@@ -12,6 +12,12 @@ QG_DEVICE uint64_t qg_score_index(QG_CONSTANT const qg_attn_args & p, int row, i
     return ((uint64_t) row * p.n_score_keys + block.first) * p.n_head + (uint64_t) head * block.n;
 }
 
+// Q of a row and head: the leader's, or the row's own
+QG_DEVICE QG_GLOBAL const float * qg_q_of(QG_CONSTANT const qg_attn_args & p, int row, int q_own, int head, bool leader) {
+    return leader ? (QG_GLOBAL const float *) p.q_leader + ((uint64_t) row * p.n_head + head) * qg_head_dim(p)
+                  : (QG_GLOBAL const float *) p.q_own + ((uint64_t) q_own * p.n_head + head) * qg_head_dim(p);
+}
+
 // Eight elements of a row as they lie in memory, so that many loads are under way before the first is waited for. Of f16
 // four words; of a quantised type halves of words, the scale last.
 struct qg_raw8 {

@@ -79,6 +79,22 @@ QG_DEVICE qg_u4 qg_read16(const qg_u4 * from) {
 
 QG_DEVICE uint32_t qg_read2(const uint16_t * from) { return __ldg(from); }
 
+QG_DEVICE float qg_max(float a, float b) { return fmaxf(a, b); }
+
+QG_DEVICE float qg_clamp(float x) {
+#    if __CUDA_ARCH__ >= 800
+    asm("{ min.NaN.f32 %0, %0, 0f7F7FFFFF; max.NaN.f32 %0, %0, 0fFF7FFFFF; }" : "+f"(x));
+    return x;
+#    else
+    return x > 3.402823466e+38f ? 3.402823466e+38f : x < -3.402823466e+38f ? -3.402823466e+38f : x;
+#    endif
+}
+
+QG_DEVICE uint32_t qg_pair(float a, float b) {
+    const __half2 pair = __floats2half2_rn(a, b);
+    return *(const uint32_t *) &pair;
+}
+
 #elif defined(__METAL_VERSION__)
 
 // what a function is specialised for; the indices are those of metal/metal-kernels.h
@@ -161,26 +177,16 @@ QG_DEVICE void qg_halves(uint32_t pair, float & a, float & b) {
 #if !defined(__CUDACC__)
 QG_DEVICE qg_u4    qg_read16(QG_GLOBAL const qg_u4 * from) { return *from; }
 QG_DEVICE uint32_t qg_read2(QG_GLOBAL const uint16_t * from) { return *from; }
+QG_DEVICE float    qg_max(float a, float b) { return a > b ? a : b; }
+
+// Finite, so that the softmax of any finite input is one; NaN stays NaN.
+QG_DEVICE float qg_clamp(float x) { return x > 3.402823466e+38f ? 3.402823466e+38f : x < -3.402823466e+38f ? -3.402823466e+38f : x; }
+
+// two numbers as f16
+QG_DEVICE uint32_t qg_pair(float a, float b) { return (uint32_t) qg_to_half(a) | (uint32_t) qg_to_half(b) << 16; }
 #endif
 
 QG_DEVICE int qg_min(int a, int b) { return a < b ? a : b; }
-
-// qg_clamp: finite, so that the softmax of any finite input is one; NaN stays NaN
-#if defined(__CUDACC__)
-QG_DEVICE float qg_max(float a, float b) { return fmaxf(a, b); }
-
-QG_DEVICE float qg_clamp(float x) {
-#    if __CUDA_ARCH__ >= 800
-    asm("{ min.NaN.f32 %0, %0, 0f7F7FFFFF; max.NaN.f32 %0, %0, 0fFF7FFFFF; }" : "+f"(x));
-    return x;
-#    else
-    return x > 3.402823466e+38f ? 3.402823466e+38f : x < -3.402823466e+38f ? -3.402823466e+38f : x;
-#    endif
-}
-#else
-QG_DEVICE float qg_max(float a, float b) { return a > b ? a : b; }
-QG_DEVICE float qg_clamp(float x) { return x > 3.402823466e+38f ? 3.402823466e+38f : x < -3.402823466e+38f ? -3.402823466e+38f : x; }
-#endif
 
 // what exponentials are taken relative to: -inf, of no keys, would give NaN
 QG_DEVICE float qg_finite_max(float max) { return max == -INFINITY ? 0.0f : max; }
@@ -188,15 +194,6 @@ QG_DEVICE float qg_finite_max(float max) { return max == -INFINITY ? 0.0f : max;
 // The same for probabilities that become f16: they are 2^15 times as large as they are, far from f16's smallest numbers. A factor
 // of all terms and of their sum is none of the result.
 QG_DEVICE float qg_f16_max(float max) { return qg_finite_max(max) - 10.3972077f; }
-
-#if defined(__CUDACC__)
-QG_DEVICE uint32_t qg_pair(float a, float b) {
-    const __half2 pair = __floats2half2_rn(a, b);
-    return *(const uint32_t *) &pair;
-}
-#else
-QG_DEVICE uint32_t qg_pair(float a, float b) { return (uint32_t) qg_to_half(a) | (uint32_t) qg_to_half(b) << 16; }
-#endif
 
 // eight numbers as f16
 QG_DEVICE qg_u4 qg_eight(QG_LOCAL const float * x) {

@@ -85,8 +85,7 @@ template <int DIM> inline void qg_metal_prefill(thread qg_metal_thread & t, cons
                 qg_u4     eight = qg_u4(0);
                 if (r < tile.n && 8 * chunk < head_dim) {
                     const int            ir   = tile_rows[r];
-                    device const float * from = leads ? (device const float *) p.q_leader + ((uint64_t) ir * p.n_head + head) * head_dim
-                                                      : (device const float *) p.q_own + ((uint64_t) rows[ir].q_own * p.n_head + head) * head_dim;
+                    device const float * from = qg_q_of(p, ir, rows[ir].q_own, head, leads);
                     float x[8];
                     QG_UNROLL
                     for (int e = 0; e < 8; e++) {
