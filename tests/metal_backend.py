@@ -101,12 +101,12 @@ def test_composed_sequences_and_states(model: CoreModel) -> None:
 def test_an_operation_that_the_device_lacks(core_models: CoreModels) -> None:
     with Model(core_models["llama-gqa-32"].path, n_gpu_layers=-1, main_gpu=1) as gpu:
         context, prompt = make(gpu), make_prompt(gpu, "t4")
-        MOCK.metal_mock_refuse(b"SET_ROWS")
+        MOCK.ggml_mock_refuse(b"SET_ROWS")
         try:
             with pytest.raises(UnsupportedError, match=rf"MTL1 cannot compute node .+ \(SET_ROWS of type f16, from type f32\) of layers 0 .. {N_LAYER - 1}"):
                 decode(context, prompt)
         finally:
-            MOCK.metal_mock_refuse(b"")
+            MOCK.ggml_mock_refuse(b"")
         assert decode(context, prompt).shape == (4, gpu.info.n_vocab)
 
 

@@ -5,7 +5,7 @@
 #include "fibers.h"
 #include "gpu/simt.h"
 #include "metal_functions.h"
-#include "metal_races.h"
+#include "memory_races.h"
 #include "metal_shim/metal_shim.h"
 
 #include <algorithm>
