@@ -126,7 +126,7 @@ template <int DIM, int TYPE_K, int TYPE_V, class T> QG_DEVICE void qg_attn_decod
         const uint8_t * v      = (const uint8_t *) block.data + p.v_offset[block.modality] + first * p.v_row_bytes;
 
         const float * unit      = units + leads * QG_GROUP_HEADS + 2 * quad;
-        const float   factor[2] = { p.scale * unit[0], p.scale * unit[1] };
+        const float   factor[2] = { reads ? 0.0f : p.scale * unit[0], reads ? 0.0f : p.scale * unit[1] }; // no Q, no unit
 
         for (int base = 0; base < n; base += QG_GROUP_TOKENS) {
             // All that this turn reads is asked for before anything waits.
