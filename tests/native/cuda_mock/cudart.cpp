@@ -232,7 +232,7 @@ const std::vector<std::string> & violations() {
 
 void clear_violations() {
     rt().violations.clear();
-    rt().broken = cudaSuccess; // as in another process
+    rt().broken = last_error = cudaSuccess; // as in another process
 }
 
 int n_objects() {

@@ -240,6 +240,10 @@ class machine {
                 pc = std::min(pc, w.pc[l]);
             }
         }
+        if (pc == INT_MAX) {
+            now = &f.code[w.pc[__builtin_ctz(w.live)]];
+            fail("a part of the warp comes here, and the other one elsewhere or to its end");
+        }
         uint32_t lanes = 0;
         for (int l = 0; l < 32; l++) {
             if (w.live >> l & 1 && w.pc[l] == pc) {
@@ -323,9 +327,6 @@ class machine {
                         leave();
                         w.waiting |= lanes;
                         if (std::any_of(w.pc, w.pc + 32, [&](int other) { return other != pc; }) || w.live != ALL) {
-                            if ((w.live & ~w.waiting) == 0) {
-                                fail("a part of the warp comes here, and the other one elsewhere or to its end");
-                            }
                             lanes = choose(w, pc, next);
                             break;
                         }
