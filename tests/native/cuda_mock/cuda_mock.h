@@ -8,7 +8,6 @@
 #include "ptx.h"
 
 #include <cstdint>
-#include <map>
 #include <string>
 #include <vector>
 
@@ -30,7 +29,6 @@ const std::vector<std::string> &      violations(); // since the last clear
 void                                  clear_violations();
 int                                   n_objects();    // streams, events and memory that live, ggml's buffers aside
 int                                   n_host_waits(); // that had something to wait for
-std::map<std::string, ptx::counts> & counted();      // by kernel, of all launches
 
 // How ggml's device shows its streams, as runtime.cu looks for them (stream_of).
 struct ggml_properties {
@@ -40,7 +38,5 @@ struct ggml_properties {
     enum { streams, other_device, used, several, nothing } shown = streams;
 };
 ggml_properties & ggml();
-
-void run_kernel(const std::string & name, const ptx::geometry & g, const void * const * args); // at once
 
 } // namespace cuda_mock

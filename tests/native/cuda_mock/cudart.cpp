@@ -7,13 +7,14 @@
 #include <cstdio>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <set>
 
 namespace {
 
-constexpr int    N_DEVICES = 3, N_PROCESSORS = 4; // few: spans of KV blocks are split as on a large GPU with more rows
+constexpr int    N_DEVICES = 3, N_PROCESSORS = 16; // enough for workspace to grow with the KV blocks
 constexpr size_t SHARED_DEFAULT = 48 << 10, SHARED_MOST = 227 << 10;
 
 } // namespace
@@ -243,17 +244,8 @@ int n_host_waits() {
     return rt().n_host_waits;
 }
 
-std::map<std::string, ptx::counts> & counted() {
-    return rt().counted;
-}
-
 ggml_properties & ggml() {
     return rt().ggml;
-}
-
-void run_kernel(const std::string & name, const ptx::geometry & g, const void * const * args) {
-    locked l;
-    launched(name, g, args);
 }
 
 cudaStream_t new_ggml_stream(int device) {
@@ -278,6 +270,34 @@ void freed(const void * pages) {
 }
 
 } // namespace cuda_mock
+
+//
+// for the Python tests
+//
+
+#define MOCK_EXPORT extern "C" __attribute__((visibility("default")))
+
+MOCK_EXPORT void cuda_mock_order(int o) {
+    cuda_mock::set_order((cuda_mock::order) o);
+}
+
+MOCK_EXPORT void cuda_mock_fail(int what, int after) {
+    cuda_mock::fail((cuda_mock::call) what, after);
+}
+
+// What the i-th kernel by name did: its name, or NULL; n: instructions, then requests, bytes and sectors of device memory, then
+// requests of shared memory, turns that they took, turns that they needed.
+MOCK_EXPORT const char * cuda_mock_counted(int i, uint64_t * n) {
+    locked l;
+    for (const auto & [name, c] : rt().counted) {
+        if (i-- == 0) {
+            const uint64_t all[] = { c.instructions, c.global_requests, c.global_bytes, c.global_sectors, c.shared_requests, c.shared_turns, c.shared_least };
+            std::copy(std::begin(all), std::end(all), n);
+            return name.c_str();
+        }
+    }
+    return nullptr;
+}
 
 //
 // what nvcc's host code calls

@@ -545,7 +545,14 @@ PTX_OP2(op_nan, return unordered<T>(a, b);)
 //
 
 float as_float(f16 h) {
-    return ggml_fp16_to_fp32(h.bits);
+    static const std::vector<float> all = [] { // a table: a warp's products take a thousand of them
+        std::vector<float> values(1 << 16);
+        for (size_t i = 0; i < values.size(); i++) {
+            values[i] = ggml_fp16_to_fp32((uint16_t) i);
+        }
+        return values;
+    }();
+    return all[h.bits];
 }
 
 f16 as_half(float x) {
