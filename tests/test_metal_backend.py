@@ -44,4 +44,4 @@ def test_gpu_backend_on_a_mock_of_metal() -> None:
 
 
 def test_the_operation_on_a_mock_of_metal() -> None:
-    run("test_gpu_op.py", "-k", "test_block_sizes or test_v_", QCACHE_OP_DEVICE="1")
+    run("test_gpu_op.py", "-k", "test_block_sizes or test_v_", QCACHE_OP_DEVICE="1", QCACHE_TEST_BUILD=str(Path(BUILD).resolve() / "tests" / "metal-mocked"))
