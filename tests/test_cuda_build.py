@@ -65,7 +65,7 @@ def loads_under_way(instructions: list[str]) -> int:
 @pytest.mark.parametrize(
     ("kernel", "at_least"),
     [
-        ("qg_decode_kernel<1, QG_F16, QG_F16>", 8),  # 4 tokens, K and V
+        ("qg_decode_kernel<QG_DECODE_DIM + 1, QG_F16, QG_F16>", 8),  # 4 tokens, K and V
         ("qg_decode_group_kernel<128, QG_F16, QG_F16>", 12),  # 16 tokens, K and most of V
         ("qg_prefill_kernel<128, QG_F16, QG_F16>", 4),  # a thread's part of a tile
     ],

@@ -53,9 +53,12 @@ QG_DEVICE void qg_put(QG_CONSTANT const qg_attn_args & p, int row, int head, int
     out[2 + d] = merged.value;
 }
 
-template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONSTANT const qg_attn_args & p, int type_k, int type_v) {
+template <int G, class T>
+QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONSTANT const qg_attn_args & p, int head_dim, int type_k, int type_v) {
     constexpr int TOKENS = qg_decode_tokens(G);
 
+    const int k_bytes  = qg_row_bytes(type_k, head_dim);
+    const int v_bytes  = qg_row_bytes(type_v, head_dim);
     const int n_group  = p.n_head / p.n_head_kv;
     const int n_chunks = (n_group + G - 1) / G;
     const int kv_head  = t.block_x() / n_chunks;
@@ -70,13 +73,13 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
     const int                  ib_end   = qg_min(row.n_blocks, ib_first + per);
 
     int width = 1;
-    while (8 * width < qg_head_dim(p)) {
+    while (8 * width < head_dim) {
         width *= 2;
     }
     const int  n_slots = QG_THREADS / width;
     const int  slot    = t.index() / width;
     const int  chunk   = t.index() % width;
-    const bool active  = 8 * chunk < qg_head_dim(p);
+    const bool active  = 8 * chunk < head_dim;
 
     float q[G][8], acc[G][8], max[G], sum[G];
     QG_UNROLL
@@ -103,8 +106,8 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
 
         QG_GLOBAL float *         scores = qg_score_op(p) != 0 ? (QG_GLOBAL float *) p.scores + qg_score_index(p, ir, head, block) : nullptr;
         QG_GLOBAL const uint8_t * data = (QG_GLOBAL const uint8_t *) block.data;
-        QG_GLOBAL const uint8_t * k    = data + p.k_offset[row.modality][block.modality] + first * p.k_row_bytes;
-        QG_GLOBAL const uint8_t * v    = data + p.v_offset[block.modality] + first * p.v_row_bytes;
+        QG_GLOBAL const uint8_t * k    = data + p.k_offset[row.modality][block.modality] + first * k_bytes;
+        QG_GLOBAL const uint8_t * v    = data + p.v_offset[block.modality] + first * v_bytes;
 
         if (!reads && loaded != leads) {
             QG_GLOBAL const float * from = qg_q_of(p, ir, row.q_own, head, leads);
@@ -112,25 +115,26 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
             for (int g = 0; g < G; g++) {
                 QG_UNROLL
                 for (int i = 0; i < 8; i++) {
-                    q[g][i] = active && g < n_heads ? from[(uint64_t) g * qg_head_dim(p) + 8 * chunk + i] : 0.0f;
+                    q[g][i] = active && g < n_heads ? from[(uint64_t) g * head_dim + 8 * chunk + i] : 0.0f;
                 }
             }
             loaded = leads;
         }
         for (int base = 0; base < n; base += TOKENS * n_slots) {
             // All that this turn reads is asked for before anything waits: loads in flight are what the memory's speed takes.
+            // Past the tokens the last one is read once more, without a weight: no load stands under a condition of its own.
             float   s[TOKENS][G];
             qg_raw8 raw_k[TOKENS], raw_v[TOKENS];
-            QG_UNROLL
-            for (int u = 0; u < TOKENS; u++) {
-                const int token = base + u * n_slots + slot;
-                qg_zero8(raw_k[u]);
-                qg_zero8(raw_v[u]); // what lies past the tokens is not V: 0 times NaN would be NaN
-                if (token < n && active && !reads) {
-                    qg_load8(type_k, k, token * p.k_row_bytes, chunk, raw_k[u]);
+            if (!reads) {
+                QG_UNROLL
+                for (int u = 0; u < TOKENS; u++) {
+                    qg_load8_of(active, type_k, k, qg_min(base + u * n_slots + slot, n - 1) * k_bytes, chunk, raw_k[u]);
                 }
-                if (token < n && active && !skips) {
-                    qg_load8(type_v, v, token * p.v_row_bytes, chunk, raw_v[u]);
+            }
+            if (!skips) {
+                QG_UNROLL
+                for (int u = 0; u < TOKENS; u++) {
+                    qg_load8_of(active, type_v, v, qg_min(base + u * n_slots + slot, n - 1) * v_bytes, chunk, raw_v[u]);
                 }
             }
             if (reads) {
@@ -157,6 +161,7 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
                         s[u][g] = dot * scale;
                     }
                 }
+                QG_NO_UNROLL // the tokens' shuffles stay together then, and wait for one another no more
                 for (int step = width / 2; step > 0; step /= 2) {
                     QG_UNROLL
                     for (int u = 0; u < TOKENS; u++) {
@@ -201,9 +206,7 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
                 QG_UNROLL
                 for (int u = 0; u < TOKENS; u++) {
                     const int token = base + u * n_slots + slot;
-                    if (token < n && active && (kept >> u & 1)) {
-                        qg_load8(type_v, v, token * p.v_row_bytes, chunk, raw_v[u]);
-                    }
+                    qg_load8_of(active && token < n && (kept >> u & 1), type_v, v, token * v_bytes, chunk, raw_v[u]);
                 }
             }
             QG_UNROLL
@@ -246,7 +249,7 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
     }
 
     QG_SHARED float * shared = (QG_SHARED float *) t.shared(); // [n_slots][head_dim + 2]
-    const int         stride = qg_head_dim(p) + 2;
+    const int         stride = head_dim + 2;
     for (int g = 0; g < n_heads; g++) {
         t.sync();
         QG_SHARED float * to = shared + slot * stride;
@@ -266,7 +269,7 @@ template <int G, class T> QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONST
             }
         }
         t.sync();
-        for (int d = t.index(); d < qg_head_dim(p); d += QG_THREADS) {
+        for (int d = t.index(); d < head_dim; d += QG_THREADS) {
             qg_put(p, ir, head + g, t.block_z(), d, qg_merge(shared, n_slots, stride, d));
         }
     }

@@ -209,7 +209,8 @@ bool qcache_gpu_ops::attn(const qcache_attn_params & p, int index, const ggml_te
     if (skips && !api->launch(ctx, { QCACHE_GPU_V_LIMITS, type_k, type_v, 0, { p.n_head, n_rows, 1 }, QG_V_SKIP_SHARED }, &a)) {
         return false;
     }
-    qcache_gpu_launch decode = { QCACHE_GPU_DECODE, type_k, type_v, n_heads, { n_cells / n_rows, n_rows, a.n_splits }, QG_DECODE_SHARED };
+    const int         width  = n_heads + (p.head_dim == api->decode_dim ? api->decode_dim : 0);
+    qcache_gpu_launch decode = { QCACHE_GPU_DECODE, type_k, type_v, width, { n_cells / n_rows, n_rows, a.n_splits }, QG_DECODE_SHARED };
     if (group) {
         decode.kernel       = QCACHE_GPU_DECODE_GROUP;
         decode.width        = p.head_dim <= 64 ? 64 : p.head_dim <= 128 ? 128 : 256;

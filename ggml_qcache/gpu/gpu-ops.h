@@ -25,7 +25,7 @@ enum qcache_gpu_kernel {
 struct qcache_gpu_launch {
     qcache_gpu_kernel kernel;
     int               type_k, type_v; // enum qg_kv_type
-    int               width;          // decode: query heads computed together; decode of a group, prefill: padded head_dim
+    int               width;          // decode: query heads computed together, plus decode_dim; decode of a group, prefill: padded head_dim
     int               grid[3];
     int               shared_bytes;
 };
@@ -35,6 +35,7 @@ struct qcache_gpu_i {
     const char * name; // "cuda"
 
     bool decode_group;              // has QCACHE_GPU_DECODE_GROUP, for three or more query heads to a KV head
+    int  decode_dim;                // head_dim that QCACHE_GPU_DECODE has kernels of its own for; 0: none
     int  tile_rows;                 // query rows of a prefill tile
     int (*prefill_shared)(int dim); // bytes of shared memory of a prefill kernel; dim: padded head_dim
 

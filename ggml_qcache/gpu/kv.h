@@ -18,6 +18,11 @@ QG_DEVICE QG_GLOBAL const float * qg_q_of(QG_CONSTANT const qg_attn_args & p, in
                   : (QG_GLOBAL const float *) p.q_own + ((uint64_t) q_own * p.n_head + head) * qg_head_dim(p);
 }
 
+// of a row; as qcache_kv_row_bytes
+QG_DEVICE int qg_row_bytes(int type, int head_dim) {
+    return type == QG_F16 ? 2 * head_dim : (head_dim + 31) / 32 * (type == QG_Q8_0 ? 34 : 18);
+}
+
 // Eight elements of a row as they lie in memory, so that many loads are under way before the first is waited for. Of f16
 // four words; of a quantised type halves of words, the scale last.
 struct qg_raw8 {
@@ -48,6 +53,14 @@ QG_DEVICE void qg_zero8(QG_LOCAL qg_raw8 & raw) {
     QG_UNROLL
     for (int i = 0; i < 5; i++) {
         raw.words[i] = 0;
+    }
+}
+
+// where `there` holds; else zeros
+QG_DEVICE void qg_load8_of(bool there, int type, QG_GLOBAL const uint8_t * rows, int row, int chunk, QG_LOCAL qg_raw8 & raw) {
+    qg_zero8(raw);
+    if (there) {
+        qg_load8(type, rows, row, chunk, raw);
     }
 }
 

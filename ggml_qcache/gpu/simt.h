@@ -25,6 +25,7 @@ using namespace metal;
 #    define QG_DEVICE   inline
 #    define QG_BOTH
 #    define QG_UNROLL   _Pragma("clang loop unroll(full)")
+#    define QG_NO_UNROLL
 #    define QG_GLOBAL   device
 #    define QG_SHARED   threadgroup
 #    define QG_CONSTANT constant

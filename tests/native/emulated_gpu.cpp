@@ -116,14 +116,15 @@ bool synchronize(void *) {
     return true;
 }
 
-qcache_gpu_i runtime = { "emulated", true,   QG_TILE_ROWS, qg_prefill_shared, init,    free_,  enter,
-                         leave,      upload, workspace,    launch,            synchronize, nullptr, nullptr };
+qcache_gpu_i runtime = { "emulated", true,   QG_DECODE_DIM, QG_TILE_ROWS, qg_prefill_shared, init,    free_,  enter,
+                         leave,      upload, workspace,     launch,       synchronize,       nullptr, nullptr };
 
 } // namespace
 
 void qcache_emulated_gpu_use(bool metal) {
     runtime.name           = metal ? "metal-emulated" : "emulated";
     runtime.decode_group   = !metal;
+    runtime.decode_dim     = metal ? 0 : QG_DECODE_DIM;
     runtime.tile_rows      = metal ? QCACHE_METAL_TILE_ROWS : QG_TILE_ROWS;
     runtime.prefill_shared = metal ? qcache_metal_prefill_shared : qg_prefill_shared;
     runtime.launch         = metal ? launch_metal : launch;
