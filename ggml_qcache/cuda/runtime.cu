@@ -224,5 +224,7 @@ bool cuda_synchronize(void * ctx) {
 } // namespace
 
 extern const qcache_gpu_i qcache_gpu_cuda;
-const qcache_gpu_i        qcache_gpu_cuda = { "cuda",    true,       QG_DECODE_DIM, QG_TILE_ROWS,   qg_prefill_shared, cuda_init,        cuda_free, cuda_enter,
-                                              cuda_leave, cuda_upload, cuda_workspace, cuda_launch, cuda_synchronize,  nullptr,   nullptr };
+const qcache_gpu_i        qcache_gpu_cuda = {
+    "cuda",     true,       QG_DECODE_DIM, QG_TILE_ROWS,   qg_resident, qg_prefill_shared, cuda_init, cuda_free,
+    cuda_enter, cuda_leave, cuda_upload,   cuda_workspace, cuda_launch, cuda_synchronize,  nullptr,   nullptr,
+};

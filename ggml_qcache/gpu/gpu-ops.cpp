@@ -186,13 +186,24 @@ bool qcache_gpu_ops::attn(const qcache_attn_params & p, int index, const ggml_te
     const bool group   = api->decode_group && n_group > 2;
     const int  n_heads = n_group <= 2 ? n_group : n_group <= 4 && !group ? 4 : 8; // of a thread block
     const int  n_cells = p.n_head_kv * ((n_group + n_heads - 1) / n_heads) * n_rows;
-    // enough thread blocks for each processor to have several at once; each has two KV blocks, or one for each warp, or its start
-    // and end cost more than what is between them; none is left without any
-    const int n_least  = group ? QG_GROUP_WARPS : 2;
-    const int n_wanted = std::max(1, std::min((8 * n_processors + n_cells - 1) / n_cells, n_blocks_max / n_least));
-    int       n_each   = (n_blocks_max + n_wanted - 1) / n_wanted;
-    n_each             = group ? (n_each + n_least - 1) / n_least * n_least : n_each; // as many for each warp
-    a.n_splits         = (n_blocks_max + n_each - 1) / n_each;
+
+    qcache_gpu_launch decode = { QCACHE_GPU_DECODE, type_k, type_v, n_heads, { n_cells / n_rows, n_rows, 1 }, QG_DECODE_SHARED };
+    if (group) {
+        decode.kernel       = QCACHE_GPU_DECODE_GROUP;
+        decode.width        = p.head_dim <= 64 ? 64 : p.head_dim <= 128 ? 128 : 256;
+        decode.shared_bytes = qg_decode_group_shared(decode.width);
+    } else if (p.head_dim == api->decode_dim) {
+        decode.width += api->decode_dim;
+    }
+    // As many thread blocks as the GPU holds at once; where rows and heads are more than that, enough for the last ones to be a small
+    // part. Each has two KV blocks, or one for each warp, or its start and end cost more than what is between them; none has none.
+    const int n_at_once = api->resident(decode) * n_processors;
+    const int n_least   = group ? QG_GROUP_WARPS : 2;
+    const int n_fill    = n_cells <= n_at_once ? n_at_once / n_cells : (4 * n_at_once + n_cells - 1) / n_cells;
+    const int n_wanted  = std::max(1, std::min(n_fill, n_blocks_max / n_least));
+    int       n_each    = (n_blocks_max + n_wanted - 1) / n_wanted;
+    n_each              = group ? (n_each + n_least - 1) / n_least * n_least : n_each; // as many for each warp
+    a.n_splits = decode.grid[2] = (n_blocks_max + n_each - 1) / n_each;
 
     const bool   skips     = p.v_skip > 0.0f && p.score_op == QCACHE_SCORE_READ;
     const size_t n_limits  = skips ? (size_t) n_rows * p.n_head : 0;
@@ -208,13 +219,6 @@ bool qcache_gpu_ops::attn(const qcache_attn_params & p, int index, const ggml_te
     }
     if (skips && !api->launch(ctx, { QCACHE_GPU_V_LIMITS, type_k, type_v, 0, { p.n_head, n_rows, 1 }, QG_V_SKIP_SHARED }, &a)) {
         return false;
-    }
-    const int         width  = n_heads + (p.head_dim == api->decode_dim ? api->decode_dim : 0);
-    qcache_gpu_launch decode = { QCACHE_GPU_DECODE, type_k, type_v, width, { n_cells / n_rows, n_rows, a.n_splits }, QG_DECODE_SHARED };
-    if (group) {
-        decode.kernel       = QCACHE_GPU_DECODE_GROUP;
-        decode.width        = p.head_dim <= 64 ? 64 : p.head_dim <= 128 ? 128 : 256;
-        decode.shared_bytes = qg_decode_group_shared(decode.width);
     }
     return api->launch(ctx, decode, &a) &&
            (a.n_splits == 1 || api->launch(ctx, { QCACHE_GPU_MERGE, type_k, type_v, 0, { p.n_head, n_rows, 1 }, qg_merge_shared(a.n_splits) }, &a));

@@ -37,6 +37,7 @@ struct qcache_gpu_i {
     bool decode_group;              // has QCACHE_GPU_DECODE_GROUP, for three or more query heads to a KV head
     int  decode_dim;                // head_dim that QCACHE_GPU_DECODE has kernels of its own for; 0: none
     int  tile_rows;                 // query rows of a prefill tile
+    int (*resident)(const qcache_gpu_launch & launch); // thread blocks of it that a processor is to hold at once
     int (*prefill_shared)(int dim); // bytes of shared memory of a prefill kernel; dim: padded head_dim
 
     void * (*init)(ggml_backend * wrapped, int * n_processors); // wrapped: the stream that stock operations run on

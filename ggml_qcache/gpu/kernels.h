@@ -110,3 +110,14 @@ template <class F> bool qg_dispatch_prefill(const qcache_gpu_launch & l, const F
         default: return false;
     }
 }
+
+// qcache_gpu_i.resident, of the decode kernels
+inline int qg_resident(const qcache_gpu_launch & l) {
+    int        n     = 1;
+    const auto found = [&](auto kernel) {
+        n = decltype(kernel)::per_processor;
+        return true;
+    };
+    l.kernel == QCACHE_GPU_DECODE_GROUP ? qg_dispatch_decode_group(l, found) : qg_dispatch_decode(l, found);
+    return n;
+}

@@ -563,8 +563,8 @@ void metal_forget(void * ctx, ggml_backend_buffer * buffer) {
 
 extern const qcache_gpu_i qcache_gpu_metal;
 const qcache_gpu_i        qcache_gpu_metal = {
-    "metal",     false,        0,               QCACHE_METAL_TILE_ROWS, qcache_metal_prefill_shared, metal_init,    metal_free,   metal_enter,
-    metal_leave, metal_upload, metal_workspace, metal_launch,           metal_synchronize,           metal_address, metal_forget,
+    "metal",     false,       0,            QCACHE_METAL_TILE_ROWS, qcache_metal_resident, qcache_metal_prefill_shared, metal_init,    metal_free,
+    metal_enter, metal_leave, metal_upload, metal_workspace,        metal_launch,          metal_synchronize,           metal_address, metal_forget,
 };
 
 const char * qcache_metal_refusal(ggml_backend_dev_t device) {

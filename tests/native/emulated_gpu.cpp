@@ -22,7 +22,7 @@ struct emulated {
 
 void * init(ggml_backend * wrapped, int * n_processors) {
     ggml_backend_cpu_set_n_threads(wrapped, 1); // its threads spin, and tests run beside one another
-    *n_processors = 4; // enough for spans of KV blocks to be split
+    *n_processors = 8; // enough for spans of KV blocks to be split
     return new emulated();
 }
 
@@ -116,8 +116,10 @@ bool synchronize(void *) {
     return true;
 }
 
-qcache_gpu_i runtime = { "emulated", true,   QG_DECODE_DIM, QG_TILE_ROWS, qg_prefill_shared, init,    free_,  enter,
-                         leave,      upload, workspace,     launch,       synchronize,       nullptr, nullptr };
+qcache_gpu_i runtime = {
+    "emulated", true,  QG_DECODE_DIM, QG_TILE_ROWS, qg_resident, qg_prefill_shared, init,    free_,
+    enter,      leave, upload,        workspace,    launch,      synchronize,       nullptr, nullptr,
+};
 
 } // namespace
 
@@ -126,6 +128,7 @@ void qcache_emulated_gpu_use(bool metal) {
     runtime.decode_group   = !metal;
     runtime.decode_dim     = metal ? 0 : QG_DECODE_DIM;
     runtime.tile_rows      = metal ? QCACHE_METAL_TILE_ROWS : QG_TILE_ROWS;
+    runtime.resident       = metal ? qcache_metal_resident : qg_resident;
     runtime.prefill_shared = metal ? qcache_metal_prefill_shared : qg_prefill_shared;
     runtime.launch         = metal ? launch_metal : launch;
 }

@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int    N_DEVICES = 3, N_PROCESSORS = 16; // enough for workspace to grow with the KV blocks
+constexpr int    N_DEVICES = 3, N_PROCESSORS = 32; // enough for workspace to grow with the KV blocks
 constexpr size_t SHARED_DEFAULT = 48 << 10, SHARED_MOST = 227 << 10;
 
 } // namespace
