@@ -1,13 +1,10 @@
 // test_metal.cpp: metal/runtime.mm behind the backend that wraps a device, on a mock of Metal that is as strict as it can be
 // (metal_mock/metal_mock.h): order of the queues, addresses, lifetimes of objects, and what is said when something fails
 
-#include "layer_graph.h"
 #include "metal_mock/ggml_metal.h"
 #include "metal_mock/metal_mock.h"
+#include "mock_tests.h"
 
-#include <ggml-cpu.h>
-
-#include <cstdio>
 #include <fstream>
 #include <string>
 #include <unistd.h>
@@ -17,38 +14,10 @@ using metal_mock::order;
 
 namespace {
 
-constexpr int N_LAYERS = 3, N_BLOCKS = 9; // enough for a decode step to be cut
-
 bool clean() {
     const bool none = metal_mock::violations().empty();
     metal_mock::clear_violations();
     return none;
-}
-
-bool says(const char * text, const std::string & part) {
-    const bool found = text != nullptr && std::string(text).find(part) != std::string::npos;
-    if (!found) {
-        fprintf(stderr, "expected \"%s\" in: %s\n", part.c_str(), text == nullptr ? "nothing" : text);
-    }
-    return found;
-}
-
-// Q and V of few rows go through f32 alone; the append rounds as the CPU's does
-bool close(const std::vector<float> & a, const std::vector<float> & b) {
-    double error = 0.0, norm = 0.0;
-    for (size_t i = 0; i < a.size(); i++) {
-        error += (a[i] - b[i]) * (a[i] - b[i]);
-        norm += b[i] * b[i];
-    }
-    return error <= 1e-9 * norm; // NaN is not
-}
-
-const std::vector<float> & reference() {
-    static const std::vector<float> result = [] {
-        ggml_backend_ptr cpu{ ggml_backend_cpu_init() };
-        return layer_graph(ggml_backend_cpu_buffer_type(), N_LAYERS, N_BLOCKS).run(cpu.get());
-    }();
-    return result;
 }
 
 ggml_backend_dev_t wrapping() {
