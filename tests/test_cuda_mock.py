@@ -25,15 +25,21 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(tests: str, *options: str, **variables: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__).with_name(tests)), *options]
+    # what the mock writes to stderr is to come through, also of tests that pass
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--capture=sys", str(Path(__file__).with_name(tests)), *options]
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=1800)
     print(done.stdout[-4000:], done.stderr[-2000:])
-    assert done.returncode == 0
+    assert done.returncode == 0 and " passed" in done.stdout
     assert "CUDA mock:" not in done.stderr
 
 
 def test_the_operation() -> None:
-    run("test_gpu_op.py", "-k", "not test_types_and_modes and not (test_shapes and prefill)", QCACHE_OP_DEVICE="1", QCACHE_TEST_BUILD=str(FOLDER))
+    some = "not test_types_and_modes and not (test_shapes and prefill)"
+    run("test_gpu_op.py", "-k", some, QCACHE_OP_DEVICE="1", QCACHE_TEST_BUILD=str(FOLDER))
+
+
+def test_what_kernels_ask_of_memory() -> None:
+    run("cuda_counts.py", QCACHE_OP_DEVICE="1", QCACHE_TEST_BUILD=str(FOLDER))
 
 
 @pytest.mark.parametrize("stream", ["ggml", "own"])
@@ -58,5 +64,6 @@ def test_the_oldest_architecture(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     options = ["-DQCACHE_MOCK_ARCH=75", "-DQCACHE_BUILD_TESTS=ON", "-DQCACHE_BUILD_PYTHON=OFF", f"-DPython_EXECUTABLE={sys.executable}"]
     for command in (["cmake", "-S", root, "-B", tmp_path, *options], ["cmake", "--build", tmp_path, "--parallel", "2", "--target", "qcache-op-cuda-mocked"]):
-        subprocess.run(command, check=True, capture_output=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     run("test_gpu_op.py", QCACHE_OP_DEVICE="1", QCACHE_TEST_BUILD=str(tmp_path / "tests" / "cuda-mocked"))

@@ -63,6 +63,24 @@ def test_types_and_modes(device, types, mode):
         check(device, case_of(Shape(64, 4, 2, *types), kind, mode, True), bound)
 
 
+@pytest.mark.parametrize("n_head_kv", [4, 2])
+def test_the_usual_head_dim(device, n_head_kv):
+    """CUDA has decode kernels of their own for 128."""
+    for i, types in enumerate(TYPES):
+        check(device, case_of(Shape(128, 4, n_head_kv, *types), "decode", MODES[i % 3], True), DECODE_MAX)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("n_new", [1, 2])
+def test_infinite_v(device, head_dim, n_new):
+    """f16 has no more than 65504; what is read past the last token must not make NaN of it."""
+    case = Case(Shape(head_dim), [Sequence("t11", 11 - n_new, n_new)], "off", seed=SEED)
+    case.v[1][0][10] = 1e6
+    with np.errstate(over="ignore"):
+        out = case.run(device)[1]
+    assert np.isposinf(out[-1]).all() and np.isfinite(out[:-1]).all()
+
+
 @pytest.mark.parametrize("n_block", [16, 32, 64])
 def test_block_sizes_and_row_order(device, n_block):
     for mode in MODES:
@@ -91,8 +109,9 @@ def test_score_cache(device, mode):
             if layers[1].q_source[row][key] == 1:
                 layers[1].k_offset[row][key] = 0
 
-    for kind, heads, type_k in itertools.product(("decode", "mixed"), ((4, 4), (8, 2), (20, 1)), (F16, Q4_0)):
-        case = case_of(Shape(80, *heads, type_k), kind, mode, True)
+    shapes = ((80, 4, 4), (80, 8, 2), (80, 20, 1), (128, 4, 2))
+    for kind, shape, type_k in itertools.product(("decode", "mixed"), shapes, (F16, Q4_0)):
+        case = case_of(Shape(*shape, type_k), kind, mode, True)
         _, _, scores = check(device, case, DECODE_MAX, score_cache=True, edit=without_leader)
         _, logits = case.reference(0)
         seen = np.zeros(scores.shape, bool)
@@ -159,8 +178,9 @@ def test_nan_stays_in_its_row(device, kind):
 def test_v_skipping(device, types):
     """A lazy layer's output lacks at most `v_skip` of the largest |v|; where V is 1 everywhere it lacks the skipped share itself."""
     lacking = []
-    for mode, heads, ones, v_skip in itertools.product(("global", "visual"), ((4, 4), (8, 2), (7, 1)), (False, True), (0.02, 0.3)):
-        shape = Shape(64, *heads, *types)
+    shapes = ((64, 4, 4), (64, 8, 2), (64, 7, 1), (128, 4, 4))
+    for mode, (head_dim, *heads), ones, v_skip in itertools.product(("global", "visual"), shapes, (False, True), (0.02, 0.3)):
+        shape = Shape(head_dim, *heads, *types)
         case = Case(shape, sequences("decode"), mode, bias_of(shape) if mode == "visual" else None, SEED, q_gain=4.0)
         for v in case.v[1] if ones else ():
             v[:] = 1.0
@@ -171,7 +191,7 @@ def test_v_skipping(device, types):
         exact = case.run(device, score_cache=True)[1]
         out = case.run(device, score_cache=True, edit=edit)[1]
         for r, (i, pos) in enumerate(case.rows):
-            v = np.abs(op_harness.unpack(case.packed("v", 1, i), types[1], 64)[: pos + 1]).max(axis=0)  # [n_head_kv, head_dim]
+            v = np.abs(op_harness.unpack(case.packed("v", 1, i), types[1], head_dim)[: pos + 1]).max(axis=0)  # [n_head_kv, head_dim]
             bound = v_skip * np.repeat(v, heads[0] // heads[1], axis=0)
             assert (np.abs(out[r] - exact[r]) <= bound + 1e-5 * np.abs(exact).max()).all(), f"{mode}, {heads}, {v_skip}, row {r}"
         if ones:

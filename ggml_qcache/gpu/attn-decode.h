@@ -122,7 +122,7 @@ QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONSTANT const qg_attn_args & p
         }
         for (int base = 0; base < n; base += TOKENS * n_slots) {
             // All that this turn reads is asked for before anything waits: loads in flight are what the memory's speed takes.
-            // Past the tokens the last one is read once more, without a weight: no load stands under a condition of its own.
+            // Past the tokens the last one is read once more, without a weight: loads under conditions of their own cost more.
             float   s[TOKENS][G];
             qg_raw8 raw_k[TOKENS], raw_v[TOKENS];
             if (!reads) {
@@ -230,6 +230,14 @@ QG_DEVICE void qg_attn_decode(QG_LOCAL T & t, QG_CONSTANT const qg_attn_args & p
                 for (int u = 0; u < TOKENS; u++) {
                     s[u][g] = qg_exp(s[u][g] - from); // from here on the probability
                     sum[g] += s[u][g];
+                }
+            }
+            if (base + TOKENS * n_slots > n) {
+                QG_UNROLL
+                for (int u = 0; u < TOKENS; u++) {
+                    if (base + u * n_slots + slot >= n) {
+                        qg_zero8(raw_v[u]); // 0 times infinity would be NaN
+                    }
                 }
             }
             QG_UNROLL

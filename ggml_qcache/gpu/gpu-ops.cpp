@@ -199,7 +199,7 @@ bool qcache_gpu_ops::attn(const qcache_attn_params & p, int index, const ggml_te
     // part. Each has two KV blocks, or one for each warp, or its start and end cost more than what is between them; none has none.
     const int n_at_once = api->resident(decode) * n_processors;
     const int n_least   = group ? QG_GROUP_WARPS : 2;
-    const int n_fill    = n_cells <= n_at_once ? n_at_once / n_cells : (4 * n_at_once + n_cells - 1) / n_cells;
+    const int n_fill    = n_cells <= n_at_once ? n_at_once / n_cells : (2 * n_at_once + n_cells - 1) / n_cells;
     const int n_wanted  = std::max(1, std::min(n_fill, n_blocks_max / n_least));
     int       n_each    = (n_blocks_max + n_wanted - 1) / n_wanted;
     n_each              = group ? (n_each + n_least - 1) / n_least * n_least : n_each; // as many for each warp

@@ -41,7 +41,7 @@ constexpr int qcache_metal_prefill_shared(int dim) { return qg_metal_prefill_sha
 static_assert(qcache_metal_prefill_shared(256) <= QCACHE_METAL_MAX_THREADGROUP, "more threadgroup memory than there is");
 
 // qcache_gpu_i.resident: a guess that nobody has measured
-constexpr int qcache_metal_resident(const qcache_gpu_launch &) { return 8; }
+constexpr int qcache_metal_resident(const qcache_gpu_launch &) { return 4; }
 
 struct qcache_metal_kernel {
     const char * name; // of the function

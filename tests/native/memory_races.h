@@ -1,8 +1,8 @@
-// metal_races.h: which accesses of memory are ordered by barriers, and which are not
+// memory_races.h: which accesses of memory are ordered by barriers, and which are not
 //
-// Threadgroup memory: two threads that touch the same bytes, one of them writing, need a threadgroup_barrier between them,
-// or, in the same SIMD group, a simdgroup_barrier, with mem_threadgroup. Nothing may be read before it was written. Device
-// memory: what one thread of a dispatch writes, no other may touch; no kernel needs it otherwise.
+// Memory of a thread block (a threadgroup): two threads that touch the same bytes, one of them writing, need a barrier of the block
+// between them or, in the same warp (SIMD group), one of the warp. Nothing may be read before it was written. Device memory: what
+// one thread of a launch writes, no other may touch; no kernel needs it otherwise.
 
 #pragma once
 

@@ -43,10 +43,10 @@ result run(const std::string & text, int n_threads = 32, int shared_bytes = 1024
     ptx::library       library;
     ptx::device_memory memory;
     result             r;
-    r.out.assign(256, 0);
-    memory.add(r.out.data(), 256 * sizeof(uint32_t));
+    alignas(128) uint32_t out[256] = {};
+    memory.add(out, sizeof(out));
     library.add(text);
-    const void *        pointer = r.out.data();
+    const void *        pointer = out;
     const void *        args[]  = { &pointer };
     const ptx::geometry g       = { { n_blocks, 1, 1 }, n_threads, (size_t) shared_bytes };
     try {
@@ -54,6 +54,7 @@ result run(const std::string & text, int n_threads = 32, int shared_bytes = 1024
     } catch (const std::exception & e) {
         r.error = e.what();
     }
+    r.out.assign(out, out + 256);
     return r;
 }
 
@@ -94,6 +95,14 @@ void test_arithmetic() {
     CHECK(one_float("mov.f32 %f1, 0fC3000000;\nex2.approx.ftz.f32 %f0, %f1;\n") == 0.0f); // 2^-128
     CHECK(one("mov.f32 %f1, 0f7FC00000;\nsetp.lt.f32 %p0, %f1, %f1;\nsetp.ltu.f32 %p1, %f1, %f1;\nselp.u32 %r1, 1, 0, %p0;\nselp.u32 %r2, 2, 0, %p1;\nadd.s32 %r0, %r1, %r2;\n") == 2);
     CHECK(of_threads("mov.u32 %r0, %warpid;\n").says("a register that is not known: %warpid"));
+    CHECK(one("mov.u16 %rs0, 300;\nmov.u32 %r1, 7;\nmul.wide.u16 %r0, %rs0, %rs0;\nadd.s32 %r0, %r0, %r1;\n") == 90007);
+    CHECK(one("mov.b64 %rd0, {%t, 5};\nshr.u64 %rd0, %rd0, 32;\ncvt.u32.u64 %r0, %rd0;\n") == 5);
+    CHECK(one("mov.f32 %f1, 0f80000000;\nmov.f32 %f2, 0f00000000;\nmax.f32 %f3, %f1, %f2;\nmov.b32 %r0, %f3;\n") == 0);
+    CHECK(of_threads("fma.rn.sat.f32 %f0, %f1, %f2, %f3;\n").says("an instruction that is not known: fma.rn.sat.f32"));
+    CHECK(of_threads("ex2.approx.f32 %f0, %f1;\n").says("an instruction that is not known: ex2.approx.f32"));
+    CHECK(of_threads("cvt.rn.sat.f32.f32 %f0, %f1;\n").says("an instruction that is not known: cvt.rn.sat.f32.f32"));
+    CHECK(of_threads("add.s32 %r0, %r1;\n").says("operands of another number: add.s32 %r0, %r1"));
+    CHECK(of_threads("setp.lt.s32 %p0|%p1, %r1, %r2;\n").says("operands of another number"));
     CHECK(of_threads("dp4a.u32.u32 %r0, %r1, %r2, %r3;\n").says("an instruction that is not known: dp4a.u32.u32"));
 }
 
@@ -117,6 +126,9 @@ void test_branches() {
               .says("a part of the warp comes here, and the other one elsewhere or to its end"));
     CHECK(of_threads("setp.gt.u32 %p0, %t, 7;\n@%p0 shfl.sync.idx.b32 %r0|%p1, %t, 0, 31, -1;\n").says("under a condition that not all lanes fulfil"));
     CHECK(of_threads("shfl.sync.idx.b32 %r0|%p1, %t, 0, 31, 255;\n").says("not for all lanes of the warp"));
+    CHECK(run(kernel("bar.sync 1, 64;\n"), 128).says("another barrier than the block's"));
+    CHECK(run(kernel("setp.gt.u32 %p0, %t, 31;\n@%p0 bra $other;\nbar.sync 0;\nbra.uni $end;\n$other:\nbar.sync 0;\n$end:\n"), 64)
+              .says("a barrier while other warps are at another one"));
     CHECK(run(kernel("setp.gt.u32 %p0, %t, 31;\n@%p0 bra $skip;\nbar.sync 0;\n$skip:\n"), 64).says("a barrier that other warps ended without"));
     CHECK(run(kernel("setp.gt.u32 %p0, %t, 7;\n@%p0 bra $skip;\nbar.sync 0;\n$skip:\n"), 32).says("a part of the warp comes here"));
 }

@@ -21,7 +21,7 @@ enum class order {
 void set_order(order o);
 
 // calls that can be made to fail
-enum class call { malloc, malloc_host, memcpy, launch, event, stream, attribute, synchronize, count };
+enum class call { malloc, malloc_host, memcpy, launch, event, stream, attribute, count };
 void fail(call what, int after = 0); // the call after so many more, once
 int  n_calls(call what);
 

@@ -11,7 +11,7 @@ namespace cuda_mock {
 
 cudaStream_t new_ggml_stream(int device); // the ones that set_order() tells from the others
 void         enqueue(cudaStream_t stream, std::function<bool()> work); // false: the device fails
-void         allocated(const void * pages, size_t size);
-void         freed(const void * pages);
+void         allocated(int device, const void * pages, size_t size);
+void         freed(int device, const void * pages);
 
 } // namespace cuda_mock

@@ -1,7 +1,7 @@
-// ggml_cuda.cpp: see ggml_cuda.h
+// ggml_cuda.cpp: what stands for ggml's CUDA backend on the mock: devices CUDA0 and CUDA1, whose operations are the CPU's and run on
+// streams of the mock. CUDA1 is the runtime's device 2.
 
-#include "ggml_cuda.h"
-
+#include "../ggml_mock.h"
 #include "cuda_mock.h"
 #include "cuda_mock_internal.h"
 
@@ -85,8 +85,8 @@ class cuda_device : public ggml_mock::device {
 
     void free_event(void * event) override { cudaEventDestroy((cudaEvent_t) event); }
     void queried() override { cudaSetDevice(index); }
-    void allocated(void * pages, size_t size) override { cuda_mock::allocated(pages, size); }
-    void freed(void * pages, size_t) override { cuda_mock::freed(pages); }
+    void allocated(void * pages, size_t size) override { cuda_mock::allocated(index, pages, size); }
+    void freed(void * pages, size_t) override { cuda_mock::freed(index, pages); }
 
   private:
     int index; // the runtime's

@@ -65,6 +65,7 @@ struct counts {
 // args: one pointer for each parameter. Throws std::runtime_error.
 counts run(const function & kernel, const geometry & g, const void * const * args, const device_memory & memory);
 
+size_t n_parameters(const function & kernel);
 size_t parameter_bytes(const function & kernel);
 int    max_threads(const function & kernel);
 

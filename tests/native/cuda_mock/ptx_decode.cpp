@@ -108,7 +108,7 @@ class decoder {
                 const size_t a = p.find(".align");
                 align          = a == std::string::npos ? 1 : strtoul(p.c_str() + a + 6, nullptr, 10);
             } else {
-                size = align = p.find("64") != std::string::npos ? 8 : 4;
+                size = align = p.find("64 ") != std::string::npos ? 8 : 4;
             }
             const size_t offset       = (f->parameter_bytes + align - 1) / align * align;
             const size_t begin        = p.rfind(' ', array == std::string::npos ? p.size() : array) + 1;
@@ -211,6 +211,9 @@ class decoder {
         const std::string opcode = s.substr(begin, end - begin);
         i.run                    = handler_for(opcode, i.what);
         const auto operands      = split(s.substr(end));
+        if (i.what == kind::barrier && operands != std::vector<std::string>{ "0" }) {
+            refuse("another barrier than the block's", s);
+        }
         if (i.what == kind::branch) {
             branches.push_back({ f->code.size(), operands.at(0) });
         } else {
@@ -218,14 +221,43 @@ class decoder {
             for (size_t o = 0; o < operands.size(); o++) {
                 operand(i, opcode, operands[o], o == 0 && !stores);
             }
+            check_operands(i, opcode);
         }
         f->code.push_back(i);
     }
 
+    // as many as the handlers take
+    void check_operands(const instruction & i, const std::string & opcode) {
+        struct arity {
+            const char * start;
+            int          n_d, n_s; // -1: it looks for itself
+        };
+        static const arity all[] = {
+            { "ld.", -1, 1 },   { "st.", 0, -1 },    { "mov.", -1, -1 },   { "cvt.rn.f16x2.", 1, 2 }, { "cvt", 1, 1 },      { "neg.", 1, 1 },
+            { "abs.", 1, 1 },   { "not.", 1, 1 },    { "rcp.", 1, 1 },     { "ex2.", 1, 1 },          { "lg2.", 1, 1 },     { "sqrt.", 1, 1 },
+            { "popc.", 1, 1 },  { "mad.", 1, 3 },    { "fma.", 1, 3 },     { "selp.", 1, 3 },         { "prmt.", 1, 3 },    { "bfi.", 1, 4 },
+            { "shfl.", -1, 4 }, { "vote.", 1, 2 },   { "movmatrix.", 1, 1 }, { "ldmatrix.", 4, 1 },   { "mma.sync.aligned.m16n8k16", 4, 10 },
+            { "mma.", 4, 7 },   { "bar.sync", 0, 1 }, { "ret", 0, 0 },     { "exit", 0, 0 },          { "", 1, 2 },
+        };
+        const auto & a     = *std::find_if(std::begin(all), std::end(all), [&](const arity & x) { return opcode.rfind(x.start, 0) == 0; });
+        int          n_s   = a.n_s;
+        const bool   moves = opcode.rfind("mov.", 0) == 0, vector = opcode.find(".v2.") != std::string::npos || opcode.find(".v4.") != std::string::npos;
+        if (opcode.rfind("setp.", 0) == 0 && (opcode.find(".and.") != std::string::npos || opcode.find(".or.") != std::string::npos)) {
+            n_s = 3;
+        }
+        const int parts = !vector ? 1 : opcode.find(".v2.") != std::string::npos ? 2 : 4;
+        if ((a.n_d >= 0 && i.n_d != a.n_d) || (n_s >= 0 && i.n_s != n_s) || (opcode.rfind("ld.", 0) == 0 && i.n_d != parts) ||
+            (opcode.rfind("st.", 0) == 0 && i.n_s != 1 + parts) || (opcode.rfind("shfl.", 0) == 0 && i.n_d != 1 && i.n_d != 2) ||
+            (moves && (std::min(i.n_d, i.n_s) != 1 || i.n_d + i.n_s > 3))) {
+            refuse("operands of another number", f->text[i.line]);
+        }
+    }
+
     void operand(instruction & i, const std::string & opcode, const std::string & o, bool destination) {
         if (o[0] == '{') {
+            const bool halves = opcode == "mov.b64"; // its parts have 32 bits
             for (const std::string & part : split(o.substr(1, o.size() - 2))) {
-                operand(i, opcode, part, destination);
+                operand(i, halves ? "mov.b32" : opcode, part, destination);
             }
             return;
         }
@@ -275,7 +307,7 @@ class decoder {
     // whether an immediate in that place of an instruction is of 64 bits
     static bool wide(const std::string & opcode, int index) {
         const bool amount = (opcode.rfind("shl", 0) == 0 || opcode.rfind("shr", 0) == 0) && index == 1;
-        return ends_with(opcode, "64") && !amount;
+        return (ends_with(opcode, "64") && !amount) || (opcode.rfind("mad.wide", 0) == 0 && !ends_with(opcode, "16") && index == 2);
     }
 
     int special_of(const std::string & name) {
@@ -371,6 +403,10 @@ const function & library::find(const std::string & name) {
 
 size_t parameter_bytes(const function & kernel) {
     return kernel.parameter_bytes;
+}
+
+size_t n_parameters(const function & kernel) {
+    return kernel.parameter_sizes.size();
 }
 
 int max_threads(const function & kernel) {

@@ -30,7 +30,7 @@ struct instruction {
     bool     wide      = false; // the address is of 64 bits
     bool     widens    = false; // what is loaded goes into registers of 64 bits
     uint8_t  n_d = 0, n_s = 0;
-    int      d[4], s[12];
+    int      d[4], s[12]; // check_operands() in ptx_decode.cpp counts them
     int64_t  offset = 0; // of an address
     int      target = 0; // of a branch, in the code
     int      line   = 0; // in the function's text

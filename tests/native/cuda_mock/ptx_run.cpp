@@ -182,7 +182,6 @@ class machine {
         std::vector<uint8_t> registers, local;
         int                  pc[32];
         uint32_t             live = ALL, waiting = 0; // for the other lanes
-        bool                 at_barrier = false;
     };
 
     void run_block(const int * at) {
@@ -204,6 +203,9 @@ class machine {
             }
             if (n_waiting != 0 && n_waiting != (int) warps.size()) {
                 fail("a barrier that other warps ended without");
+            }
+            if (n_waiting != 0 && std::any_of(warps.begin(), warps.end(), [&](const warp & w) { return w.pc[0] != warps[0].pc[0]; })) {
+                fail("a barrier while other warps are at another one");
             }
             races.threadgroup_barrier();
             any = n_waiting != 0;
@@ -434,15 +436,15 @@ PTX_OP1(op_popc, return __builtin_popcountll((std::make_unsigned_t<T>) a);)
 PTX_OP2(op_add, return (T) ((word<T>) a + (word<T>) b);)
 PTX_OP2(op_sub, return (T) ((word<T>) a - (word<T>) b);)
 PTX_OP2(op_mul, return product<T>(a, b);)
-PTX_OP2(op_mul_hi, return (T) ((uint64_t) ((int64_t) a * (int64_t) b) >> 32);)
+PTX_OP2(op_mul_hi, return (T) ((std::is_signed_v<T> ? (uint64_t) ((int64_t) a * b) : (uint64_t) a * b) >> 32);)
 PTX_OP2(op_div, {
     if constexpr (std::is_floating_point_v<T>) {
         return a / b;
     } else {
-        return (T) (b == 0 ? (T) -1 : a / b);
+        return (T) (b == 0 ? (T) -1 : b == (T) -1 && std::is_signed_v<T> ? (T) -(word<T>) a : a / b);
     }
 })
-PTX_OP2(op_rem, return (T) (b == 0 ? a : a % b);)
+PTX_OP2(op_rem, return (T) (b == 0 ? a : b == (T) -1 && std::is_signed_v<T> ? 0 : a % b);)
 PTX_OP2(op_and, return (T) (a & b);)
 PTX_OP2(op_or, return (T) (a | b);)
 PTX_OP2(op_xor, return (T) (a ^ b);)
@@ -460,6 +462,9 @@ template <bool LARGER, bool NAN_WINS> struct op_extreme {
             if (std::isnan(a) || std::isnan(b)) {
                 return std::isnan(a) == NAN_WINS ? a : b;
             }
+            if (a == 0 && b == 0) {
+                return std::signbit(a) == LARGER ? b : a; // +0 is above -0
+            }
         }
         return LARGER ? std::max<T>(a, b) : std::min<T>(a, b);
     }
@@ -473,14 +478,19 @@ struct op_add_rz {
     }
 };
 
+template <class T>
+using wider = std::conditional_t<sizeof(T) == 2, std::conditional_t<std::is_signed_v<T>, int32_t, uint32_t>,
+                                 std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
+
 template <class T> void mul_wide(machine & m, const instruction & i, uint32_t lanes) {
-    using wide = std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>;
-    each(lanes, [&](int l) { m.put<wide>(i.d[0], l, (wide) m.get<T>(i.s[0], l) * (wide) m.get<T>(i.s[1], l)); });
+    each(lanes, [&](int l) { m.put(i.d[0], l, (wider<T>) ((wider<T>) m.get<T>(i.s[0], l) * (wider<T>) m.get<T>(i.s[1], l))); });
 }
 
 template <class T> void mad_wide(machine & m, const instruction & i, uint32_t lanes) {
-    using wide = std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>;
-    each(lanes, [&](int l) { m.put<uint64_t>(i.d[0], l, (uint64_t) ((wide) m.get<T>(i.s[0], l) * (wide) m.get<T>(i.s[1], l)) + m.get<uint64_t>(i.s[2], l)); });
+    each(lanes, [&](int l) {
+        const auto product = (wider<T>) ((wider<T>) m.get<T>(i.s[0], l) * (wider<T>) m.get<T>(i.s[1], l));
+        m.put(i.d[0], l, op_add()(product, m.get<wider<T>>(i.s[2], l)));
+    });
 }
 
 void bfi(machine & m, const instruction & i, uint32_t lanes) {
@@ -580,7 +590,7 @@ template <class TO, int ROUND> struct op_to_integer {
             return (TO) whole;
         } else {
             constexpr TO least = std::numeric_limits<TO>::min(), most = std::numeric_limits<TO>::max();
-            return widened(x != x ? (TO) 0 : whole <= (T) least ? least : whole >= (T) most ? most : (TO) whole);
+            return widened(x != x ? (sizeof(TO) == 8 ? (TO) (1ull << 63) : (TO) 0) : whole <= (T) least ? least : whole >= (T) most ? most : (TO) whole);
         }
     }
 };
@@ -695,8 +705,10 @@ template <space S, class T, int N> void store(machine & m, const instruction & i
 //
 
 void need_all(machine & m, int mask_place) {
-    if (m.get<uint32_t>(mask_place, 0) != ALL) {
-        m.fail("not for all lanes of the warp");
+    for (int l = 0; l < 32; l++) {
+        if (m.get<uint32_t>(mask_place, l) != ALL) {
+            m.fail("not for all lanes of the warp");
+        }
     }
 }
 
@@ -904,6 +916,7 @@ template <class TO, class FROM> handler to_integer(const std::string & round) {
 
 handler conversion(const std::vector<std::string> & p) {
     const std::string & to = p[p.size() - 2], & from = p.back(), round = p.size() > 3 ? p[1] : "";
+    if (p.size() > 4 || (!round.empty() && round[0] != 'r') || round == "relu") return nullptr;
     if (to == "f16x2") return round == "rn" ? binary<uint32_t, float, float, op_to_halves> : (handler) nullptr;
     if (to == "f16") return from == "f32" && round == "rn" ? unary<uint16_t, float, op_to_half> : (handler) nullptr;
     if (from == "f16") return to == "f32" ? unary<float, uint16_t, op_from_half> : (handler) nullptr;
@@ -967,8 +980,26 @@ handler address_space(const std::vector<std::string> & p) {
     return s == "shared" ? (to ? to_shared : from_shared) : s == "local" ? (to ? to_local : from_local) : unary<uint64_t, uint64_t, op_mov>;
 }
 
+// Whether all that stands between an opcode's first and last part is what its handler does.
+bool known_modifiers(const std::vector<std::string> & p) {
+    static const std::map<std::string, std::vector<std::string>> known = {
+        { "add", { "", "rn", "rz" } }, { "sub", { "", "rn" } },          { "mul", { "", "rn", "lo", "hi", "wide" } }, { "mad", { "lo", "wide" } },
+        { "fma", { "rn" } },           { "div", { "", "rn", "full" } },  { "min", { "", "NaN" } },                   { "max", { "", "NaN" } },
+        { "rcp", { "rn", "approx" } }, { "sqrt", { "rn", "approx" } },   { "ex2", { "approx.ftz" } },                { "lg2", { "approx" } },
+        { "ld", {} },                  { "st", {} },                     { "cvta", {} },                             { "cvt", {} },
+        { "setp", {} }, // these look for themselves
+    };
+    std::string between;
+    for (size_t i = 1; i + 1 < p.size(); i++) {
+        between += (i > 1 ? "." : "") + p[i];
+    }
+    const auto found = known.find(p[0]);
+    return found == known.end() ? between.empty() : found->second.empty() || std::find(found->second.begin(), found->second.end(), between) != found->second.end();
+}
+
 handler plain(const std::vector<std::string> & p) {
     const std::string & op = p[0], & type = p.back(), how = p.size() > 2 ? p[1] : "";
+    if (!known_modifiers(p)) return nullptr;
     if (op == "ld" || op == "st") return memory(p);
     if (op == "mov") {
         if (type == "b32") return mov_b32;
@@ -978,10 +1009,9 @@ handler plain(const std::vector<std::string> & p) {
     }
     if (op == "cvta") return address_space(p);
     if (op == "cvt") return conversion(p);
-    if (op == "setp") return comparison(p[1], p.size() > 3 ? p[2] : "", type);
+    if (op == "setp") return p.size() <= 4 ? comparison(p[1], p.size() > 3 ? p[2] : "", type) : (handler) nullptr;
     if (op == "selp") return for_number(type, [](auto t) -> handler { return ternary<decltype(t), decltype(t), uint32_t, op_select>; });
     if (op == "add" && how == "rz") return type == "f32" ? binary<float, float, float, op_add_rz> : (handler) nullptr;
-    if (!how.empty() && how != "rn" && how != "lo" && how != "wide" && how != "hi" && how != "approx" && how != "NaN" && how != "full") return nullptr;
     if (op == "add") return two<op_add>(type);
     if (op == "sub") return two<op_sub>(type);
     if (op == "mul") {
