@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed-test native-tests
-	ctest --test-dir build/tests --output-on-failure
+	ctest --test-dir build/tests --output-on-failure --parallel $(JOBS)
 	OMP_NUM_THREADS=1 QCACHE_TEST_BUILD=build/tests $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # the suites that take minutes each
