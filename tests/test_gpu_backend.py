@@ -24,8 +24,8 @@ def test_with_an_emulated_gpu() -> None:
     assert library.exists()
     environment = {**os.environ, "LD_PRELOAD": str(library)}
     tests = Path(__file__).with_name("gpu_backend.py")
-    # an emulated GPU takes seconds to read an image: one question does, and others on the mocks of Metal and CUDA
-    some = "not test_mini_llava_answers or existence"
+    # an emulated GPU takes seconds to read an image: three of the questions do
+    some = "not test_mini_llava_answers or existence or digit or caption"
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", str(tests), "-k", some], env=environment, capture_output=True, text=True, timeout=900)
     print(done.stdout[-4000:], done.stderr[-2000:])
     assert done.returncode == 0

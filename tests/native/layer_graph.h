@@ -155,11 +155,11 @@ struct layer_graph {
     }
 };
 
-inline bool near(const std::vector<float> & a, const std::vector<float> & b) {
+inline bool near(const std::vector<float> & a, const std::vector<float> & b, double nmse = 1e-12) {
     double error = 0.0, norm = 0.0;
     for (size_t i = 0; i < a.size(); i++) {
         error += (a[i] - b[i]) * (a[i] - b[i]);
         norm += b[i] * b[i];
     }
-    return error <= 1e-12 * norm; // NaN is not
+    return error <= nmse * norm; // NaN is not
 }

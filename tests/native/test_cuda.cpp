@@ -74,40 +74,9 @@ void test_compute(order o, const char * setting, bool events, int device) {
     const stream_setting stream(setting);
     cuda_mock::set_order(o);
     cuda_mock::ggml().events = events;
-    const int  n_objects     = cuda_mock::n_objects();
-    const bool waits         = setting != nullptr && !events; // the host does, for want of events
-    {
-        ggml_backend_ptr backend{ ggml_backend_dev_init(wrapping(device), nullptr) };
-        CHECK(backend != nullptr);
-        layer_graph g(ggml_backend_get_default_buffer_type(backend.get()), N_LAYERS, N_BLOCKS);
-        for (int i = 0; i < 3; i++) {
-            const int n_launches = cuda_mock::n_calls(call::launch);
-            const int n_waits    = cuda_mock::n_host_waits();
-            g.prepare(backend.get());
-            CHECK(ggml_backend_graph_compute_async(backend.get(), g.graph) == GGML_STATUS_SUCCESS);
-            CHECK(waits || cuda_mock::n_host_waits() == n_waits);
-            ggml_backend_synchronize(backend.get());
-            CHECK(close(g.read(), reference()) && qcache_backend_failed(backend.get()) == nullptr);
-            CHECK(cuda_mock::n_calls(call::launch) - n_launches == 3 * N_LAYERS); // append, decode in parts, merge
-            ggml_backend_tensor_memset(g.result, 0xff, 0, ggml_nbytes(g.result));
-        }
-        // a step is prepared while the one before, which has other tables, has not run
-        layer_graph other(ggml_backend_get_default_buffer_type(backend.get()), N_LAYERS, 1);
-        g.prepare(backend.get());
-        other.prepare(backend.get());
-        CHECK(ggml_backend_graph_compute_async(backend.get(), g.graph) == GGML_STATUS_SUCCESS);
-        CHECK(ggml_backend_graph_compute_async(backend.get(), other.graph) == GGML_STATUS_SUCCESS);
-        ggml_backend_synchronize(backend.get());
-        CHECK(close(g.read(), reference()) && !close(other.read(), reference()));
-        // tables that have to grow, while the smaller ones are being read
-        layer_graph longer(ggml_backend_get_default_buffer_type(backend.get()), N_LAYERS, 4 * N_BLOCKS);
-        g.prepare(backend.get());
-        longer.prepare(backend.get());
-        CHECK(ggml_backend_graph_compute_async(backend.get(), g.graph) == GGML_STATUS_SUCCESS);
-        CHECK(ggml_backend_graph_compute_async(backend.get(), longer.graph) == GGML_STATUS_SUCCESS);
-        ggml_backend_synchronize(backend.get());
-        CHECK(close(g.read(), reference()) && clean());
-    }
+    const int  n_objects = cuda_mock::n_objects();
+    const bool waits     = setting != nullptr && !events; // the host does, for want of events
+    check_steps(wrapping(device), waits, [] { return cuda_mock::n_calls(call::launch); }, cuda_mock::n_host_waits);
     CHECK(cuda_mock::n_objects() == n_objects && clean());
     cuda_mock::ggml() = {};
 }
@@ -158,9 +127,7 @@ void test_failed_steps(const char * setting) {
         cuda_mock::fail(f.what, f.after);
         CHECK(ggml_backend_graph_compute(backend.get(), g.graph) == GGML_STATUS_FAILED);
         CHECK(says(qcache_backend_failed(backend.get()), f.expected));
-        for (int i = 0; i < 2; i++) {
-            CHECK(close(g.run(backend.get()), reference()) && qcache_backend_failed(backend.get()) == nullptr);
-        }
+        check_right(backend.get(), g);
         CHECK(clean());
     }
     CHECK(cuda_mock::n_objects() == n_objects && clean());

@@ -60,31 +60,7 @@ void test_devices() {
 void test_compute(order o) {
     metal_mock::set_order(o);
     const int n_objects = metal_mock::n_objects();
-    {
-        ggml_backend_ptr backend{ ggml_backend_dev_init(wrapping(), nullptr) };
-        CHECK(backend != nullptr);
-        layer_graph g(ggml_backend_get_default_buffer_type(backend.get()), N_LAYERS, N_BLOCKS);
-        for (int i = 0; i < 3; i++) {
-            const int n_dispatches = metal_mock::n_calls(call::dispatch);
-            const int n_waits      = metal_mock::n_host_waits();
-            g.prepare(backend.get());
-            CHECK(ggml_backend_graph_compute_async(backend.get(), g.graph) == GGML_STATUS_SUCCESS);
-            CHECK(metal_mock::n_host_waits() == n_waits);
-            ggml_backend_synchronize(backend.get());
-            CHECK(close(g.read(), reference()) && qcache_backend_failed(backend.get()) == nullptr);
-            CHECK(metal_mock::n_calls(call::dispatch) - n_dispatches == 3 * N_LAYERS); // append, decode in parts, merge
-            ggml_backend_tensor_memset(g.result, 0xff, 0, ggml_nbytes(g.result));
-        }
-        // a step is prepared while the one before, which has other tables, has not run
-        layer_graph other(ggml_backend_get_default_buffer_type(backend.get()), N_LAYERS, 1);
-        g.prepare(backend.get());
-        other.prepare(backend.get());
-        CHECK(ggml_backend_graph_compute_async(backend.get(), g.graph) == GGML_STATUS_SUCCESS);
-        CHECK(ggml_backend_graph_compute_async(backend.get(), other.graph) == GGML_STATUS_SUCCESS);
-        ggml_backend_synchronize(backend.get());
-        CHECK(close(g.read(), reference()) && !close(other.read(), reference()));
-        CHECK(clean());
-    }
+    check_steps(wrapping(), false, [] { return metal_mock::n_calls(call::dispatch); }, metal_mock::n_host_waits);
     CHECK(metal_mock::n_objects() == n_objects && clean());
 }
 
@@ -166,9 +142,7 @@ void test_failed_steps(order o) {
         const enum ggml_status status = ggml_backend_graph_compute(backend.get(), g.graph);
         CHECK((status == GGML_STATUS_FAILED) == f.at_once || (o == order::ours_early && !f.at_once));
         CHECK(says(qcache_backend_failed(backend.get()), f.expected));
-        for (int i = 0; i < 2; i++) {
-            CHECK(close(g.run(backend.get()), reference()) && qcache_backend_failed(backend.get()) == nullptr);
-        }
+        check_right(backend.get(), g);
         CHECK(clean());
     }
     CHECK(metal_mock::n_objects() == n_objects && clean());

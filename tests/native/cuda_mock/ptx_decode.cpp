@@ -230,25 +230,33 @@ class decoder {
     void check_operands(const instruction & i, const std::string & opcode) {
         struct arity {
             const char * start;
-            int          n_d, n_s; // -1: it looks for itself
+            int          n_d, n_s;
         };
         static const arity all[] = {
-            { "ld.", -1, 1 },   { "st.", 0, -1 },    { "mov.", -1, -1 },   { "cvt.rn.f16x2.", 1, 2 }, { "cvt", 1, 1 },      { "neg.", 1, 1 },
-            { "abs.", 1, 1 },   { "not.", 1, 1 },    { "rcp.", 1, 1 },     { "ex2.", 1, 1 },          { "lg2.", 1, 1 },     { "sqrt.", 1, 1 },
-            { "popc.", 1, 1 },  { "mad.", 1, 3 },    { "fma.", 1, 3 },     { "selp.", 1, 3 },         { "prmt.", 1, 3 },    { "bfi.", 1, 4 },
-            { "shfl.", -1, 4 }, { "vote.", 1, 2 },   { "movmatrix.", 1, 1 }, { "ldmatrix.", 4, 1 },   { "mma.sync.aligned.m16n8k16", 4, 10 },
-            { "mma.", 4, 7 },   { "bar.sync", 0, 1 }, { "ret", 0, 0 },     { "exit", 0, 0 },          { "", 1, 2 },
+            { "cvt.rn.f16x2.", 1, 2 }, { "cvt", 1, 1 },  { "neg.", 1, 1 }, { "abs.", 1, 1 },       { "not.", 1, 1 },     { "rcp.", 1, 1 },
+            { "ex2.", 1, 1 },          { "lg2.", 1, 1 }, { "sqrt.", 1, 1 }, { "popc.", 1, 1 },     { "mad.", 1, 3 },     { "fma.", 1, 3 },
+            { "selp.", 1, 3 },         { "prmt.", 1, 3 }, { "bfi.", 1, 4 }, { "movmatrix.", 1, 1 }, { "ldmatrix.", 4, 1 }, { "bar.", 0, 1 },
+            { "mma.sync.aligned.m16n8k16", 4, 10 },       { "mma.", 4, 7 }, { "ret", 0, 0 },        { "exit", 0, 0 },     { "", 1, 2 },
         };
-        const auto & a     = *std::find_if(std::begin(all), std::end(all), [&](const arity & x) { return opcode.rfind(x.start, 0) == 0; });
-        int          n_s   = a.n_s;
-        const bool   moves = opcode.rfind("mov.", 0) == 0, vector = opcode.find(".v2.") != std::string::npos || opcode.find(".v4.") != std::string::npos;
-        if (opcode.rfind("setp.", 0) == 0 && (opcode.find(".and.") != std::string::npos || opcode.find(".or.") != std::string::npos)) {
-            n_s = 3;
+        const auto starts = [&](const char * text) { return opcode.rfind(text, 0) == 0; };
+        const auto has    = [&](const char * text) { return opcode.find(text) != std::string::npos; };
+        const int  parts  = has(".v2.") ? 2 : has(".v4.") ? 4 : 1;
+        bool       right;
+        if (starts("ld.")) {
+            right = i.n_d == parts && i.n_s == 1;
+        } else if (starts("st.")) {
+            right = i.n_d == 0 && i.n_s == 1 + parts;
+        } else if (starts("mov.")) {
+            right = (i.n_d == 1 && (i.n_s == 1 || i.n_s == 2)) || (i.n_d == 2 && i.n_s == 1);
+        } else if (starts("shfl.")) {
+            right = (i.n_d == 1 || i.n_d == 2) && i.n_s == 4;
+        } else if (starts("setp.") && (has(".and.") || has(".or."))) {
+            right = i.n_d == 1 && i.n_s == 3;
+        } else {
+            const auto & expected = *std::find_if(std::begin(all), std::end(all), [&](const arity & a) { return starts(a.start); });
+            right                 = i.n_d == expected.n_d && i.n_s == expected.n_s;
         }
-        const int parts = !vector ? 1 : opcode.find(".v2.") != std::string::npos ? 2 : 4;
-        if ((a.n_d >= 0 && i.n_d != a.n_d) || (n_s >= 0 && i.n_s != n_s) || (opcode.rfind("ld.", 0) == 0 && i.n_d != parts) ||
-            (opcode.rfind("st.", 0) == 0 && i.n_s != 1 + parts) || (opcode.rfind("shfl.", 0) == 0 && i.n_d != 1 && i.n_d != 2) ||
-            (moves && (std::min(i.n_d, i.n_s) != 1 || i.n_d + i.n_s > 3))) {
+        if (!right) {
             refuse("operands of another number", f->text[i.line]);
         }
     }
